@@ -1,0 +1,94 @@
+"""LeNet, its initial weights, its file, and what it says of images."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from stages.stage import StageError, write
+
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu}
+
+# Gains that keep the signal's size from layer to layer: 1 / sigmoid'(0), and √2 for ReLU
+# (He et al. 2015, https://arxiv.org/abs/1502.01852).
+GAINS = {"sigmoid": 4.0, "relu": 2.0**0.5}
+
+
+class LeNet(nn.Module):
+    """LeNet-5 (LeCun et al. 1998, http://yann.lecun.com/exdb/publis/pdf/lecun-98.pdf) with max-pooling.
+
+    44,426 parameters. `mean` and `std`, in pixel values 0..255, standardise the input and travel with the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, activation: str, classes: list[str], mean: float = 0.0, std: float = 255.0) -> None:
+        super().__init__()
+        self.activation = activation
+        self.classes = classes
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+        self.conv1 = nn.Conv2d(1, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(256, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits float32 (B, 10) of images uint8 (B, 28, 28)."""
+        activate = ACTIVATIONS[self.activation]
+        x = (images.unsqueeze(1).float() - self.mean) / self.std  # (B, 1, 28, 28)
+        # Pooling first gives the same numbers, as both activations rise monotonically, with a quarter of the work.
+        x = activate(F.max_pool2d(self.conv1(x), 2))  # (B, 6, 12, 12)
+        x = activate(F.max_pool2d(self.conv2(x), 2))  # (B, 16, 4, 4)
+        x = activate(self.fc1(x.flatten(1)))  # (B, 120)
+        x = activate(self.fc2(x))  # (B, 84)
+        return self.fc3(x)
+
+    def init_xavier(self) -> None:
+        """Draw the weights Xavier-uniform with the activation's gain (1 for the last layer); biases 0.
+
+        Source: Glorot and Bengio 2010, https://proceedings.mlr.press/v9/glorot10a.html
+        """
+        gain = GAINS[self.activation]
+        for layer in (self.conv1, self.conv2, self.fc1, self.fc2, self.fc3):
+            nn.init.xavier_uniform_(layer.weight, gain=1.0 if layer is self.fc3 else gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+@torch.inference_mode()
+def predict(model: LeNet, images: Tensor, batch_size: int) -> Tensor:
+    """Logits float32 (N, 10) of images uint8 (N, 28, 28), `batch_size` images at a time."""
+    model.eval()
+    return torch.cat([model(batch) for batch in images.split(batch_size)])
+
+
+def write_model(path: Path, model: LeNet) -> None:
+    """Write the weights and all that is needed to use them; the same model gives the same bytes.
+
+    Raises StageError where the file cannot be written.
+    """
+    # One metadata key: safetensors does not keep the order of several.
+    metadata = {"lenet": json.dumps({"activation": model.activation, "classes": model.classes}, sort_keys=True)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write(path, save(tensors, metadata))
+
+
+def read_model(path: Path) -> LeNet:
+    """Read a model, on the CPU. Raises StageError where the file is not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads(file.metadata()["lenet"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = LeNet(config["activation"], config["classes"])
+        model.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{path} is not a model that train wrote ({reason}); run `dvc repro train`") from None
+    return model

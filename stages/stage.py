@@ -1,0 +1,100 @@
+"""What every stage is: a process that writes whole files or none, and that ends in one clear line."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+
+class StageError(Exception):
+    """A mistake of the user or a fault of the world, as one line: expected, found, what to do."""
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a whole file: under a temporary name beside it, flushed to disk, then renamed.
+
+    Raises StageError where the file cannot be written; what was at `path` before is then still there.
+    """
+    temporary = path.with_name(path.name + ".tmp")  # a fixed name: the next run takes the place of a leftover
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StageError(f"cannot write {path}: {error.strerror}; free the space or the folder and run again") from None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON. Raises StageError where it cannot be written."""
+    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows, at least one and all of the same keys, as CSV. Raises StageError where they cannot be written."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a stage's main function and exit: 0, 1 after a StageError's line, or 128 + the signal that ended it.
+
+    SIGTERM and SIGHUP end a stage as Ctrl-C does, through KeyboardInterrupt, so that its MLflow run is closed.
+    Where DVC started the stage and it did not succeed, the outs that DVC removed beforehand are put back.
+    """
+    received = [signal.SIGINT]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+    succeeded = False
+    try:
+        main()
+        succeeded = True
+    except StageError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"stopped by {received[0].name}", file=sys.stderr)
+        sys.exit(128 + received[0])
+    finally:
+        if not succeeded and "DVC_STAGE" in os.environ:
+            _restore_outs(os.environ["DVC_STAGE"])
+    sys.exit(0)
+
+
+def _restore_outs(name: str) -> None:
+    """Copy the outs that dvc.lock records for the stage from DVC's cache, where it has them, to their places.
+
+    DVC removes a stage's outs before it runs the stage. After a mistake in params.yaml the last good model
+    should not be gone. `dvc checkout` would leave out the metrics files, which git keeps.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            for stage in repo.stage.collect(name):
+                for out in stage.outs:
+                    cached = out.hash_info and Path(repo.cache.local.oid_to_path(out.hash_info.value))
+                    if cached and cached.exists():
+                        shutil.copyfile(cached, out.fs_path)
+    except (DvcException, OSError) as error:
+        print(f"could not put back the former outs: {error}; `dvc checkout {name}` does it", file=sys.stderr)

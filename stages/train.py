@@ -1,0 +1,164 @@
+"""Train LeNet.
+
+python -m stages.train data/fashion-mnist/train.safetensors --model models/lenet.safetensors
+--metrics metrics/train.json --history metrics/history.csv
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages import stage, tracking
+from stages.dataset import Dataset, read_dataset
+from stages.device import set_up_device
+from stages.lenet import LeNet, predict, write_model
+from stages.params import Train, read_params
+from stages.stage import StageError, write_csv, write_json
+
+VALIDATION_BATCH_SIZE = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path, help="training set (safetensors)")
+    parser.add_argument("--model", type=Path, required=True, help="weights to write (safetensors)")
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics of the last epoch to write (JSON)")
+    parser.add_argument("--history", type=Path, required=True, help="metrics of each epoch to write (CSV)")
+    args = parser.parse_args()
+    params = read_params()
+
+    with tracking.run("train", params) as run:
+        device = set_up_device(params.train.device, params.train.threads)
+        run.set_tag("device", str(device))
+        model, history = train(read_dataset(args.dataset), params.train, device, run)
+        write_model(args.model, model)
+        write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "lr")})
+        write_csv(args.history, history)
+
+
+def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.Run) -> tuple[LeNet, list[dict]]:
+    """Return the trained model and the metrics of each epoch.
+
+    Raises StageError when a size does not fit the data set, or when the loss is not finite.
+    """
+    total = len(dataset.images)
+    if params.validation_size >= total:
+        raise StageError(f"train.validation_size: expected less than {total:,} images, found {params.validation_size}")
+    if params.batch_size > total - params.validation_size:
+        available = total - params.validation_size
+        raise StageError(f"train.batch_size: expected at most {available:,} images, found {params.batch_size}")
+
+    split = torch.from_numpy(np.random.default_rng(params.seed).permutation(total))
+    training, validation = split[params.validation_size :], split[: params.validation_size]
+    images, labels = torch.from_numpy(dataset.images), torch.from_numpy(dataset.labels).long()
+    mean, std = mean_and_std(images, training) if params.standardize else (0.0, 255.0)
+
+    torch.manual_seed(params.seed)
+    model = LeNet(params.activation, dataset.classes, mean, std)
+    if params.init == "xavier":
+        model.init_xavier()
+    model = model.to(memory_format=torch.channels_last).to(device)
+    images, labels = images.to(device), labels.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=params.lr, fused=True)
+
+    steps = -(-len(training) // params.batch_size)  # an epoch's
+    history = []
+    for epoch in range(1, params.epochs + 1):
+        start = time.perf_counter()
+        # The order depends on (seed, epoch) alone, not on what ran before.
+        order = training[np.random.default_rng((params.seed, epoch)).permutation(len(training))].to(device)
+        lrs = [lr_at(step, params.epochs * steps, params) for step in range((epoch - 1) * steps, epoch * steps)]
+        batches = order.split(params.batch_size)
+        metrics = {"epoch": epoch, "lr": lrs[-1]} | train_epoch(model, optimizer, images, labels, batches, lrs)
+        if not np.isfinite(metrics["train_loss"]):
+            found = metrics["train_loss"]
+            raise StageError(
+                f"expected a finite loss, found {found} in epoch {epoch}; try a train.lr below {params.lr}"
+            )
+        rate = len(training) / (time.perf_counter() - start)
+        if params.validation_size:
+            held_out = validation.to(device)
+            metrics |= validate(model, images[held_out], labels[held_out])
+        history.append(metrics)
+        run.log_metrics(metrics, step=epoch)
+        print(describe(metrics, params.epochs, rate), flush=True)
+    return model, history
+
+
+def train_epoch(
+    model: LeNet,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    batches: Sequence[Tensor],
+    lrs: Sequence[float],
+) -> dict[str, float]:
+    """Take a step for each batch, at its learning rate; return the mean loss and accuracy on the way.
+
+    images uint8 (N, 28, 28), labels int64 (N,), batches of indices int64 (B,), the last may be shorter.
+    """
+    model.train()
+    loss_sum = torch.zeros((), device=images.device)
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for batch, lr in zip(batches, lrs, strict=True):
+        logits, targets = model(images[batch]), labels[batch]
+        loss = F.cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        loss_sum += loss.detach() * len(batch)
+        correct += (logits.detach().argmax(1) == targets).sum()
+    seen = sum(len(batch) for batch in batches)
+    return {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
+
+
+def validate(model: LeNet, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean loss and accuracy on images uint8 (N, 28, 28) with labels int64 (N,)."""
+    logits = predict(model, images, VALIDATION_BATCH_SIZE)
+    return {
+        "validation_loss": F.cross_entropy(logits, labels).item(),
+        "validation_accuracy": (logits.argmax(1) == labels).sum().item() / len(labels),
+    }
+
+
+def lr_at(step: int, steps: int, params: Train) -> float:
+    """The learning rate of step 0..steps-1: a function of nothing else, so that it needs no state.
+
+    one_cycle is the linear form of Smith and Topin 2018, https://arxiv.org/abs/1708.07120, read at mid-step.
+    """
+    if params.schedule == "constant":
+        return params.lr
+    done = (step + 0.5) / steps
+    rise = params.warmup_fraction
+    return params.lr * (done / rise if done < rise else (1 - done) / (1 - rise))
+
+
+def mean_and_std(images: Tensor, indices: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of the pixels, 0..255, of images uint8 (N, 28, 28) at `indices`.
+
+    Counted, not summed as floats, so that they are exact.
+    """
+    counts = torch.zeros(256, dtype=torch.int64)
+    for chunk in indices.split(4096):
+        counts += torch.bincount(images[chunk].flatten(), minlength=256)
+    values, total = torch.arange(256), counts.sum().item()
+    mean = (values * counts).sum().item() / total
+    variance = (values**2 * counts).sum().item() / total - mean**2
+    return mean, max(variance, 0.0) ** 0.5 or 255.0  # a set of one grey has no deviation to divide by
+
+
+def describe(metrics: dict[str, float], epochs: int, rate: float) -> str:
+    validation = f"  validation accuracy {metrics['validation_accuracy']:.4f}" if "validation_loss" in metrics else ""
+    return f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train_loss']:.4f}{validation}  {rate:,.0f} images/s"
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,169 @@
+"""What the tests share: a tiny data set behind a local mirror, and copies of the project that run on it."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dvc.utils.serialize import load_yaml, modify_yaml
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+ROOT = Path(__file__).parent.parent
+TRAIN_SIZE, TEST_SIZE = 600, 200
+
+
+def make_idx(array: np.ndarray) -> bytes:
+    """The IDX file of a uint8 array."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def make_images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Images uint8 (N, 28, 28) that show their labels: a bright square, at a place of its own for each, in noise."""
+    images = rng.integers(0, 60, (len(labels), 28, 28), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        row, column = 4 + 10 * (label // 5), 1 + 5 * (label % 5)
+        image[row : row + 8, column : column + 5] += 180
+    return images
+
+
+@pytest.fixture(scope="session")
+def tiny_files() -> dict[str, bytes]:
+    """The unpacked content of the four files, by their keys in params.yaml."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for part, size in (("train", TRAIN_SIZE), ("test", TEST_SIZE)):
+        labels = rng.permutation(np.arange(size, dtype=np.uint8) % 10)
+        files[f"{part}_images"] = make_idx(make_images(labels, rng))
+        files[f"{part}_labels"] = make_idx(labels)
+    return files
+
+
+@pytest.fixture(scope="session")
+def mirror(tiny_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an HTTP server that has the tiny files, under the names that params.yaml gives them."""
+    folder = tmp_path_factory.mktemp("mirror")
+    for key, entry in load_yaml(ROOT / "params.yaml")["fetch"]["files"].items():
+        (folder / entry["name"]).write_bytes(gzip.compress(tiny_files[key], mtime=0))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project, with git and DVC, in a folder of its own."""
+
+    folder: Path
+
+    def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the folder; env is added to an environment without settings of this project."""
+        clean = {key: value for key, value in os.environ.items() if not re.match("MLFLOW_|DVC_|FASHION_|GIT_", key)}
+        clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
+        result = subprocess.run(
+            command, cwd=self.folder, env=clean | env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        if check and result.returncode != 0:
+            raise AssertionError(f"{command} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
+        return result
+
+    def dvc(self, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("dvc", *arguments, check=check, **env)
+
+    def repro(self, *arguments: str, check: bool = True, **env: str) -> list[str]:
+        """Run `dvc repro` and return the stages that it ran."""
+        return ran(self.dvc("repro", *arguments, check=check, **env).stdout)
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a parameter, by its dotted key."""
+        *sections, last = key.split(".")
+        with modify_yaml(self.folder / "params.yaml") as params:
+            for section in sections:
+                params = params[section]
+            params[last] = value
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "-c", "user.name=Test", "-c", "user.email=test@example.org", "commit", "-qm", message)
+
+    def md5s(self) -> dict[str, str]:
+        """The MD5 of each out, by its path, as dvc.lock has them."""
+        stages = load_yaml(self.folder / "dvc.lock")["stages"].values()
+        return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}
+
+
+def ran(output: str) -> list[str]:
+    """The stages that DVC says it ran."""
+    return re.findall(r"^Running stage '(\w+)'", output, re.MULTILINE)
+
+
+@pytest.fixture(scope="session")
+def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project as a clone has it, on the tiny data: nothing has run. Not to be changed: copy it."""
+    project = Project(tmp_path_factory.mktemp("fresh") / "project")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).exists():
+            (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, project.folder / name)
+    project.set("fetch.mirrors", [mirror])
+    for key, content in tiny_files.items():
+        project.set(f"fetch.files.{key}.bytes", len(content))
+        project.set(f"fetch.files.{key}.sha256", hashlib.sha256(content).hexdigest())
+    project.set("train.validation_size", 100)
+    project.set("train.epochs", 3)
+    project.set("train.batch_size", 16)
+    (project.folder / "dvc.lock").unlink(missing_ok=True)
+    project.run("git", "init", "-q", "-b", "main")
+    project.commit("The project on tiny data")
+    return project
+
+
+@pytest.fixture(scope="session")
+def finished_project(fresh_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project after `dvc repro`, committed. Not to be changed: copy it."""
+    project = copy(fresh_project, tmp_path_factory.mktemp("finished"))
+    project.dvc("repro")
+    project.commit("Run the pipeline")
+    return project
+
+
+def copy(project: Project, parent: Path) -> Project:
+    shutil.copytree(project.folder, parent / "project", symlinks=True)
+    return Project(parent / "project")
+
+
+@pytest.fixture
+def project(finished_project: Project, tmp_path: Path) -> Project:
+    """A copy, to be changed, of the project after `dvc repro`."""
+    return copy(finished_project, tmp_path)
+
+
+@pytest.fixture
+def new_project(fresh_project: Project, tmp_path: Path) -> Project:
+    """A copy, to be changed, of the project in which nothing has run."""
+    return copy(fresh_project, tmp_path)
