@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import requests
 from tqdm import tqdm
+from urllib3.exceptions import HTTPError
 
 from stages import stage, tracking
 from stages.dataset import Dataset, check_dataset, write_dataset
@@ -81,7 +82,8 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
         try:
             for key in wanted.keys() - contents.keys():
                 contents[key] = unpack(read(wanted[key]), wanted[key])
-        except (StageError, OSError, subprocess.SubprocessError) as error:  # requests' errors are OSErrors
+        # requests' errors are OSErrors; urllib3's come from reading the body.
+        except (StageError, OSError, HTTPError, subprocess.SubprocessError) as error:
             failures.append(f"{name}: {error}")
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:
@@ -99,7 +101,7 @@ def read(folder: Path, file: File) -> bytes:
 def download(mirror: str, file: File) -> bytes:
     """Download a gzip file, with a progress bar on a terminal.
 
-    Raises requests.RequestException, or StageError when the answer is longer than the file can be.
+    Raises requests.RequestException or urllib3's HTTPError, or StageError for an answer that is too long.
     """
     content = io.BytesIO()
     with requests.get(

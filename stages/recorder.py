@@ -249,7 +249,8 @@ def main() -> None:
     try:
         record(sys.stdin)
     except Exception as error:  # whatever it is, the stage should tell it in one line
-        print(f"{type(error).__name__}: {error}".splitlines()[0])
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"MLflow cannot use {mlflow.get_tracking_uri()}: {reason}; see MLFLOW_TRACKING_URI")
         sys.exit(1)
 
 

@@ -1,5 +1,6 @@
 """What every stage is: a process that writes whole files or none, and that ends in one clear line."""
 
+import contextlib
 import csv
 import io
 import json
@@ -31,7 +32,8 @@ def write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StageError(f"cannot write {path}: {error.strerror}; free the space or the folder and run again") from None
 
 

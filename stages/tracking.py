@@ -60,8 +60,8 @@ class Run:
 
     def _raise_failure(self) -> None:
         assert self._recorder.stdout
-        reason = self._recorder.stdout.read().strip() or f"the recorder ended with {self._recorder.returncode}"
-        raise StageError(f"MLflow has no record of this: {reason}")
+        reason = self._recorder.stdout.read().strip()
+        raise StageError(reason or f"the MLflow recorder ended with {self._recorder.returncode}")
 
 
 @contextlib.contextmanager

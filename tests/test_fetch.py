@@ -1,0 +1,204 @@
+"""fetch takes each source in turn, believes none, and says what was wrong with each."""
+
+import gzip
+import hashlib
+import http.server
+import shutil
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TEST_SIZE, TRAIN_SIZE, make_idx
+
+from stages import fetch
+from stages.params import Fetch, File, read_params
+from stages.stage import StageError
+
+
+@pytest.fixture
+def no_apt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+
+
+@pytest.fixture
+def params(tiny_files: dict[str, bytes], mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
+    """The section fetch for the tiny files, on a machine without Debian's package."""
+    monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
+    monkeypatch.setattr(fetch, "DEBIAN_DIR", tmp_path / "debian")
+    files = read_params(ROOT / "params.yaml").fetch.files
+    entries = {
+        key: File(name=getattr(files, key).name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        for key, content in tiny_files.items()
+    }
+    classes = [str(digit) for digit in range(10)]
+    return Fetch(mirrors=[mirror], files=type(files)(**entries), classes=classes)
+
+
+def fill(folder: Path, params: Fetch, contents: dict[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    for key, content in contents.items():
+        (folder / getattr(params.files, key).name).write_bytes(gzip.compress(content))
+
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+@pytest.fixture
+def bad_mirror() -> Iterator[Callable[[Answer], str]]:
+    """Start a server that answers every request with the function it is given; return its address."""
+    servers = []
+
+    def start(answer: Answer) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer(self)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def respond(body: bytes, length: int | None = None, status: int = 200) -> Answer:
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body) if length is None else length))
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+def test_the_environment_s_folder_comes_first(
+    params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "mine", params, tiny_files)
+    fill(tmp_path / "debian", params, tiny_files)
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path / "mine"))
+    source, contents = fetch.fetch(params)
+    assert source == f"FASHION_MNIST_DIR ({tmp_path / 'mine'})"
+    assert contents == tiny_files
+
+
+def test_debian_s_folder_comes_before_the_mirrors(params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path) -> None:
+    fill(tmp_path / "debian", params, tiny_files)
+    assert fetch.fetch(params) == (str(tmp_path / "debian"), tiny_files)
+
+
+def test_a_mirror_serves_when_no_folder_does(params: Fetch, tiny_files: dict[str, bytes], mirror: str) -> None:
+    assert fetch.fetch(params) == (mirror, tiny_files)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (respond(b"<!DOCTYPE html><p>Sign in to this network"), "is not a gzip file: it starts with b'<!DOCTYPE html>"),
+        (respond(gzip.compress(b"x" * 100)[:-12]), "damaged|cut short"),
+        (respond(gzip.compress(b"x" * 100), length=10_000), "Connection broken|IncompleteRead|cut short"),
+        (respond(gzip.compress(bytes(4_000_000))), "found more"),
+        (respond(b"\x1f\x8b" + bytes(4_000_000)), "is longer than"),
+        (respond(b"\x1f\x8b" + b"\xff" * 100), "is damaged"),
+        (respond(b"", status=404), "404"),
+        (respond(b"", status=500), "500"),
+    ],
+    ids=["html", "truncated", "short", "bomb", "long", "garbage", "404", "500"],
+)
+def test_a_wrong_answer_is_reported_and_the_next_source_tried(
+    answer: Answer,
+    reason: str,
+    params: Fetch,
+    tiny_files: dict[str, bytes],
+    mirror: str,
+    bad_mirror: Callable[[Answer], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = bad_mirror(answer)
+    source, contents = fetch.fetch(params.model_copy(update={"mirrors": [bad, mirror]}))
+    assert source == mirror
+    assert contents == tiny_files
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not from ")]
+    assert line.startswith(f"not from {bad}: ")
+    assert any(word in line for word in reason.split("|")), line
+
+
+@pytest.mark.usefixtures("no_apt")
+def test_other_content_is_refused_by_its_checksum(params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path) -> None:
+    last = tiny_files["test_labels"][-1]
+    fill(tmp_path / "debian", params, tiny_files | {"test_labels": tiny_files["test_labels"][:-1] + bytes([last ^ 1])})
+    with pytest.raises(StageError, match=r"t10k-labels.*expected SHA-256 [0-9a-f]{64}, found [0-9a-f]{64}"):
+        fetch.fetch(params.model_copy(update={"mirrors": []}))
+
+
+@pytest.mark.usefixtures("no_apt")
+def test_when_all_fail_each_source_and_its_reason_is_listed(
+    params: Fetch, bad_mirror: Callable[[Answer], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path / "nowhere"))
+    mirrors = [bad_mirror(respond(b"", status=503)), "http://127.0.0.1:1"]
+    with pytest.raises(StageError) as raised:
+        fetch.fetch(params.model_copy(update={"mirrors": mirrors}))
+    first, *reasons = str(raised.value).splitlines()
+    assert "FASHION_MNIST_DIR" in first
+    for line, (source, reason) in zip(
+        reasons,
+        [("FASHION_MNIST_DIR", "No such file"), (mirrors[0], "503"), (mirrors[1], "refused")],
+        strict=True,
+    ):
+        assert source in line
+        assert reason in line
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="apt-get is Debian's")
+def test_debian_s_package_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package and the real data: the one test that needs a network, to Debian's packages."""
+    monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
+    params = read_params(ROOT / "params.yaml").fetch.model_copy(update={"mirrors": []})
+    *_, (name, read) = fetch.sources(params)
+    assert name == "apt-get download dataset-fashion-mnist"
+    assert len(fetch.unpack(read(params.files.test_labels), params.files.test_labels)) == 10_008
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\x00\x08\x03",
+        struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 28, 28) + bytes(784),
+        struct.pack(">4B3I", 0, 0, 9, 3, 1, 28, 28) + bytes(784),
+        struct.pack(">4B3I", 0, 0, 8, 3, 1, 28, 28) + bytes(783),
+        struct.pack(">4BI", 0, 0, 8, 1, 784) + bytes(784),
+    ],
+)
+def test_an_idx_file_that_does_not_fit_its_header_is_refused(content: bytes) -> None:
+    with pytest.raises(StageError, match="expected"):
+        fetch.parse_idx(content, dimensions=3)
+
+
+def test_idx_is_parsed_as_torchvision_does(params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for key, content in tiny_files.items():
+        (raw / getattr(params.files, key).name.removesuffix(".gz")).write_bytes(content)
+    for part, size in (("train", TRAIN_SIZE), ("test", TEST_SIZE)):
+        reference = FashionMNIST(str(tmp_path), train=part == "train")
+        assert np.array_equal(fetch.parse_idx(tiny_files[f"{part}_images"], 3), reference.data.numpy())
+        assert np.array_equal(fetch.parse_idx(tiny_files[f"{part}_labels"], 1), reference.targets.numpy())
+        assert len(reference) == size
+
+
+def test_make_idx_and_parse_idx_are_inverse() -> None:
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    assert np.array_equal(fetch.parse_idx(make_idx(array), 3), array)

@@ -1,0 +1,254 @@
+"""Rules about the whole: what reruns when, what imports what, and that each tool's own commands work."""
+
+import ast
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Project, copy, ran
+from dvc.repo import Repo
+from dvc.utils.serialize import load_yaml
+
+from stages.pipeline import Pipeline, flatten, md5
+
+PIPELINE = Pipeline(ROOT)
+STAGES = set(PIPELINE.stages)
+PARAMS = load_yaml(ROOT / "params.yaml")
+
+# In no stage's deps. params.py only checks what DVC tracks; nothing of the other three reaches an out.
+UNTRACKED = {"__init__", "params", "tracking", "recorder", "pipeline", "serving"}
+
+
+def imports(module: str) -> set[str]:
+    """Names of all modules that stages/<module>.py imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / "stages" / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of stages/ that stages/<module>.py imports directly."""
+    modules = {path.stem for path in (ROOT / "stages").glob("*.py")}
+    return {name.split(".")[1] for name in imports(module) if name.startswith("stages.")} & modules
+
+
+def closure(module: str) -> set[str]:
+    """The module and all modules of stages/ that it imports, directly or not."""
+    found = {module}
+    while more := set().union(*map(own_imports, found)) - found:
+        found |= more
+    return found
+
+
+def code_deps(stage: str) -> set[str]:
+    return {Path(path).stem for path in PIPELINE.deps(stage) if path.endswith(".py")}
+
+
+MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py"))
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_the_code_in_a_stage_s_deps_is_exactly_what_it_imports(stage: str) -> None:
+    assert code_deps(stage) == closure(stage) - UNTRACKED
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_a_stage_and_each_library_has_its_place(module: str) -> None:
+    assert not own_imports(module) & STAGES
+    libraries = {name.split(".")[0] for name in imports(module)}
+    assert "torchvision" not in libraries
+    assert "mlflow" not in libraries or module in ("recorder", "serving")
+    if module in STAGES:
+        assert not closure(module) & {"recorder", "pipeline", "serving"}
+    if module in closure("fetch"):
+        assert not libraries & {"torch", "pandas", "matplotlib", "sklearn"}
+
+
+def test_paths_of_data_models_and_metrics_stand_in_dvc_yaml_alone() -> None:
+    outs = {out for stage in STAGES for out in PIPELINE.outs(stage)}
+    for module in MODULES:
+        tree = ast.parse((ROOT / "stages" / f"{module}.py").read_text(encoding="utf-8"))
+        strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not strings & outs
+
+
+def test_dvc_lock_is_of_this_code_and_these_params() -> None:
+    locked = load_yaml(ROOT / "dvc.lock")["stages"]
+    for stage in STAGES:
+        deps = {entry["path"]: entry["md5"] for entry in locked[stage]["deps"]}
+        assert {path: deps[path] for path in deps if path.endswith(".py")} == {
+            path: md5(ROOT / path) for path in PIPELINE.deps(stage) if path.endswith(".py")
+        }
+        assert locked[stage]["params"]["params.yaml"] == {stage: PARAMS[stage]}
+        assert locked[stage]["cmd"] == PIPELINE.stages[stage]["cmd"]
+    metrics = {entry["path"]: entry["md5"] for stage in STAGES for entry in locked[stage]["outs"]}
+    for path in ("metrics/train.json", "metrics/evaluate.json"):
+        assert metrics[path] == md5(ROOT / path)
+
+
+def other(value: Any) -> Any:
+    """A value of the same type, but another."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value * 2 + 1
+        case list():
+            return [*value[:-1], value[-1] + "x"]
+    return value + "x"
+
+
+@pytest.fixture(scope="module")
+def status_project(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return copy(finished_project, tmp_path_factory.mktemp("status"))
+
+
+@pytest.fixture
+def stale(status_project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
+    """Return the stages that `dvc status` says would run, before any that follow from them."""
+    monkeypatch.chdir(status_project.folder)  # DVC names stages relative to the current folder
+
+    def status() -> set[str]:
+        with Repo() as repo:
+            return set(repo.status())
+
+    assert status() == set()
+    return status
+
+
+@pytest.mark.parametrize("key", flatten(PARAMS))
+def test_a_change_of_a_param_concerns_exactly_its_stage(
+    key: str, status_project: Project, stale: Callable[[], set[str]]
+) -> None:
+    path = status_project.folder / "params.yaml"
+    original = path.read_bytes()
+    status_project.set(key, other(flatten(load_yaml(path))[key]))
+    try:
+        assert stale() == {key.split(".")[0]}
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_change_of_a_code_file_concerns_exactly_the_stages_that_import_it(
+    module: str, status_project: Project, stale: Callable[[], set[str]]
+) -> None:
+    path = status_project.folder / "stages" / f"{module}.py"
+    original = path.read_bytes()
+    path.write_bytes(original + b"# changed\n")
+    try:
+        assert stale() == {stage for stage in STAGES if module in closure(stage) - UNTRACKED}
+    finally:
+        path.write_bytes(original)
+
+
+def test_downstream_runs_exactly_where_its_inputs_change(project: Project, mirror: str) -> None:
+    """A chain of changes, each with the stages that it reruns."""
+    project.set("fetch.mirrors", ["http://127.0.0.1:1/", mirror])
+    assert project.repro() == ["fetch"], "other mirrors, the same bytes"
+    project.set("train.device", "cpu")
+    assert project.repro() == ["train"], "the device that was chosen anyway, the same bytes"
+    project.set("evaluate.batch_size", 7)
+    assert project.repro() == ["evaluate"]
+    project.set("train.lr", 0.02)
+    assert project.repro() == ["train", "evaluate"]
+    project.set("fetch.classes", [f"class {label}" for label in range(10)])
+    assert project.repro() == ["fetch", "train", "evaluate"]
+
+
+def test_going_back_to_former_params_retrains_nothing(project: Project) -> None:
+    first = project.md5s()
+    project.set("train.lr", 0.02)
+    assert project.repro() == ["train", "evaluate"]
+    assert project.md5s() != first
+    project.set("train.lr", 0.01)
+    assert project.repro() == []
+    assert project.md5s() == first
+    for path, digest in first.items():
+        assert md5(project.folder / path) == digest
+
+
+def test_a_fresh_clone_runs_every_stage_and_gets_the_same_bits(finished_project: Project, tmp_path: Path) -> None:
+    clone = Project(tmp_path / "clone")
+    finished_project.run("git", "clone", "-q", ".", str(clone.folder))
+    assert (clone.folder / "metrics/evaluate.json").exists(), "it comes with git"
+    assert clone.repro() == ["fetch", "train", "evaluate"]
+    assert (clone.folder / "dvc.lock").read_bytes() == (finished_project.folder / "dvc.lock").read_bytes()
+    assert clone.repro() == []
+
+
+def test_params_diff_and_metrics_diff_show_what_changed(project: Project) -> None:
+    before = json.loads((project.folder / "metrics/evaluate.json").read_text())
+    project.set("train.lr", 1e-5)
+    project.repro()
+    (changes,) = json.loads(project.dvc("params", "diff", "--json").stdout).values()
+    assert changes == {"train.lr": {"old": 0.01, "new": 1e-5, "diff": pytest.approx(-0.00999)}}
+    after = json.loads((project.folder / "metrics/evaluate.json").read_text())
+    changes = json.loads(project.dvc("metrics", "diff", "--json").stdout)["metrics/evaluate.json"]
+    assert changes["test_loss"]["old"] == before["test_loss"]
+    assert changes["test_loss"]["new"] == after["test_loss"]
+    assert after["test_accuracy"] < before["test_accuracy"]
+
+
+def test_metrics_show_shows_the_metrics_files(finished_project: Project) -> None:
+    shown = json.loads(finished_project.dvc("metrics", "show", "--json").stdout)[""]["data"]
+    assert set(shown) == {"metrics/train.json", "metrics/evaluate.json"}
+    for path, entry in shown.items():
+        assert entry["data"] == json.loads((finished_project.folder / path).read_text())
+
+
+def test_plots_show_renders_curves_confusion_and_classes(project: Project) -> None:
+    shown = json.loads(project.dvc("plots", "show", "--json").stdout)
+    data = {name: plots[0]["content"] for name, plots in shown["data"].items()}
+    assert set(data) == {"loss", "accuracy", "confusion", "per_class"}
+    assert not shown.get("errors")
+    text = {name: json.dumps(content) for name, content in data.items()}
+    with (project.folder / "metrics/history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for column in ("train_loss", "validation_loss"):
+            assert row[column] in text["loss"]
+        for column in ("train_accuracy", "validation_accuracy"):
+            assert row[column] in text["accuracy"]
+    for name in PARAMS["fetch"]["classes"]:
+        assert name in text["confusion"]
+        assert name in text["per_class"]
+    page = Path(re.sub("^file://", "", project.dvc("plots", "show").stdout.strip().splitlines()[-1]))
+    assert page.name == "index.html"
+    assert "vega" in page.read_text()
+
+
+def test_an_experiment_runs_what_its_change_affects_and_shows_its_values(project: Project) -> None:
+    result = project.dvc("exp", "run", "--name", "slow", "--set-param", "train.lr=1e-4")
+    assert ran(result.stdout) == ["train", "evaluate"]
+    shown = json.loads(project.dvc("exp", "show", "--json").stdout)
+    experiments = [revision for entry in shown for group in entry["experiments"] or [] for revision in group["revs"]]
+    (experiment,) = experiments
+    assert experiment["name"] == "slow"
+    assert experiment["data"]["params"]["params.yaml"]["data"]["train"]["lr"] == 1e-4
+    metrics = experiment["data"]["metrics"]["metrics/evaluate.json"]["data"]
+    assert metrics == json.loads((project.folder / "metrics/evaluate.json").read_text())
+
+
+def test_the_readme_names_every_make_target() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets
+    for target in targets:
+        assert f"make {target}" in readme
+
+
+def test_the_lock_holds_every_direct_dependency_with_hashes() -> None:
+    names = re.findall(r"^([\w-]+)", (ROOT / "requirements.in").read_text(), re.MULTILINE)
+    lock = (ROOT / "requirements.txt").read_text()
+    for name in names:
+        assert re.search(rf"^{name}==[^\n]+\\\n +--hash=sha256:", lock, re.MULTILINE), name
+    assert "://" not in lock

@@ -1,0 +1,227 @@
+"""MLflow shows what DVC did: its content equals the files, and a run's status is true in the end."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import TEST_SIZE, Project
+from dvc.utils.serialize import load_yaml
+from mlflow.entities import Run
+from safetensors import safe_open
+
+from stages.dataset import read_dataset
+from stages.pipeline import Pipeline, flatten, md5
+
+
+class Store:
+    """The MLflow store of a project, read with MLflow's own client."""
+
+    def __init__(self, project: Project) -> None:
+        self.uri = f"sqlite:///{project.folder / 'mlflow.db'}"
+        self.client = mlflow.MlflowClient(self.uri)
+        experiment = self.client.get_experiment_by_name("fashion-mnist-lenet")
+        assert experiment
+        self.experiment_id = experiment.experiment_id
+
+    def runs(self, stage: str) -> list[Run]:
+        """The stage's runs, the newest first."""
+        return list(self.client.search_runs([self.experiment_id], f"tags.stage = '{stage}'"))
+
+    def run(self, stage: str) -> Run:
+        (run,) = self.runs(stage)
+        return run
+
+    def curve(self, run: Run, metric: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, metric)]
+
+
+@pytest.fixture(scope="module")
+def store(finished_project: Project) -> Store:
+    return Store(finished_project)
+
+
+@pytest.mark.parametrize("stage", ["fetch", "train", "evaluate"])
+def test_each_stage_has_a_finished_run_with_what_dvc_lock_records(
+    stage: str, store: Store, finished_project: Project
+) -> None:
+    run = store.run(stage)
+    locked = load_yaml(finished_project.folder / "dvc.lock")["stages"][stage]
+    tags = run.data.tags
+    assert run.info.status == "FINISHED"
+    assert tags["dvc.cmd"] == locked["cmd"]
+    for kind in ("deps", "outs"):
+        recorded = {
+            key.removeprefix(f"dvc.{kind}."): value for key, value in tags.items() if key.startswith(f"dvc.{kind}.")
+        }
+        assert recorded == {entry["path"]: entry["md5"] for entry in locked[kind]}
+    params = {key: value for key, value in run.data.params.items() if key.startswith(f"{stage}.")}
+    expected = flatten(locked["params"]["params.yaml"])
+    assert params == {key: value if isinstance(value, str) else json.dumps(value) for key, value in expected.items()}
+    commits = finished_project.run("git", "rev-list", "HEAD").stdout.split()
+    assert (tags["mlflow.source.git.commit"], tags["git.dirty"]) == (commits[1], "false")
+    assert 0 < run.info.end_time - run.info.start_time < 60_000
+
+
+def test_a_train_run_has_the_params_of_its_stage_and_of_those_before_it(store: Store) -> None:
+    sections = {key.split(".")[0] for key in store.run("train").data.params}
+    assert sections == {"fetch", "train"}
+
+
+def test_the_curves_are_those_of_the_history_file(store: Store, finished_project: Project) -> None:
+    with (finished_project.folder / "metrics/history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in set(rows[0]) - {"epoch"}:
+        expected = [(int(row["epoch"]), float(row[name])) for row in rows]
+        assert store.curve(store.run("train"), name) == expected
+
+
+def test_the_metrics_are_those_of_the_metrics_files(store: Store, finished_project: Project) -> None:
+    metrics = finished_project.folder / "metrics"
+    evaluated = json.loads((metrics / "evaluate.json").read_text())
+    evaluation, training = store.run("evaluate").data.metrics, store.run("train").data.metrics
+    assert {key: evaluation[key] for key in evaluated} == evaluated
+    assert {key: training[key] for key in evaluated} == evaluated
+    trained = json.loads((metrics / "train.json").read_text())
+    assert {key: training[key] for key in trained} == trained
+    with (metrics / "per_class.csv").open() as file:
+        for row in csv.DictReader(file):
+            for key in ("precision", "recall", "f1"):
+                assert evaluation[f"{key}.{row['class']}"] == float(row[key])
+
+
+def test_an_evaluate_run_is_the_child_of_the_run_that_made_its_model(store: Store) -> None:
+    assert store.run("evaluate").data.tags["mlflow.parentRunId"] == store.run("train").info.run_id
+    assert "mlflow.parentRunId" not in store.run("train").data.tags
+
+
+def test_the_data_sets_are_inputs_with_the_hash_that_dvc_knows(store: Store, finished_project: Project) -> None:
+    md5s = finished_project.md5s()
+    for stage, names in {"fetch": ["test", "train"], "train": ["train"], "evaluate": ["test"]}.items():
+        inputs = store.run(stage).inputs
+        assert inputs
+        datasets = [entry.dataset for entry in inputs.dataset_inputs]
+        paths = [f"data/fashion-mnist/{name}.safetensors" for name in names]
+        assert sorted((dataset.name, dataset.digest) for dataset in datasets) == [(path, md5s[path]) for path in paths]
+
+
+def test_the_model_is_logged_without_pickle_and_says_what_evaluate_said(
+    store: Store, finished_project: Project
+) -> None:
+    (model,) = store.client.search_logged_models([store.experiment_id])
+    path = "models/lenet.safetensors"
+    assert model.tags[f"dvc.outs.{path}"] == finished_project.md5s()[path]
+    assert model.source_run_id == store.run("train").info.run_id
+    scores = {metric.key: (metric.value, metric.dataset_digest) for metric in model.metrics or []}
+    evaluated = json.loads((finished_project.folder / "metrics/evaluate.json").read_text())
+    digest = finished_project.md5s()["data/fashion-mnist/test.safetensors"]
+    assert scores["test_accuracy"] == (evaluated["test_accuracy"], digest)
+
+    mlflow.set_tracking_uri(store.uri)
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{model.model_id}"))
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.suffix in (".pkl", ".pickle", ".pt", ".pth")]
+    assert not [file for file in files if file.read_bytes()[:1] == b"\x80"]  # how a pickle begins
+    (weights,) = folder.rglob("*.safetensors")
+    assert md5(weights) == finished_project.md5s()[path]
+    with safe_open(weights, "numpy") as opened:
+        assert "conv1.weight" in opened.keys()  # noqa: SIM118
+
+    loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
+    dataset = read_dataset(finished_project.folder / "data/fashion-mnist/test.safetensors")
+    probabilities = loaded.predict(dataset.images)
+    assert probabilities.shape == (TEST_SIZE, 10)
+    assert probabilities.dtype == np.float32
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
+    accuracy = float((probabilities.argmax(1) == dataset.labels).mean())
+    assert accuracy == pytest.approx(evaluated["test_accuracy"])
+    for size in (1, 7):
+        assert np.allclose(loaded.predict(dataset.images[:size]), probabilities[:size], atol=1e-6)
+
+
+def start(project: Project, *command: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
+    return subprocess.Popen(
+        ["python", *command],
+        cwd=project.folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_that_is_ended_by_a_signal_has_a_killed_run(number: signal.Signals, project: Project) -> None:
+    project.set("train.epochs", 100_000)
+    command = load_yaml(project.folder / "dvc.yaml")["stages"]["train"]["cmd"].split()
+    process = start(project, *command[1:])
+    assert process.stdout
+    assert process.stdout.readline().startswith("epoch 1/")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    store, deadline = Store(project), time.monotonic() + 60
+    while store.runs("train")[0].info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.1)  # after SIGKILL, the recorder is what is left to close the run
+    newest, first = store.runs("train")
+    assert (newest.info.status, first.info.status) == ("KILLED", "FINISHED")
+    assert store.curve(newest, "train_loss")
+
+
+def test_a_stage_that_fails_has_a_failed_run(project: Project) -> None:
+    project.set("train.batch_size", 501)
+    result = project.dvc("repro", check=False)
+    assert result.returncode != 0
+    assert "error: train.batch_size: expected at most 500 images, found 501" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [run.info.status for run in Store(project).runs("train")] == ["FAILED", "FINISHED"]
+
+
+def test_a_store_that_cannot_be_used_is_told_in_one_line_and_nothing_is_lost(project: Project) -> None:
+    before = {path: (project.folder / path).read_bytes() for path in project.md5s()}
+    unusable = f"sqlite:///{project.folder / 'params.yaml'}/mlflow.db"  # below a file: no user can write there
+    project.set("evaluate.batch_size", 50)
+    result = project.dvc("repro", check=False, MLFLOW_TRACKING_URI=unusable)
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"MLflow cannot use {unusable}: " in line
+    assert "Traceback" not in result.stderr
+    assert {path: (project.folder / path).read_bytes() for path in before} == before
+    assert project.repro() == ["evaluate"]
+
+
+def test_the_environment_s_store_and_experiment_win(project: Project, tmp_path: Path) -> None:
+    project.set("evaluate.batch_size", 50)
+    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    assert project.repro(MLFLOW_TRACKING_URI=uri, MLFLOW_EXPERIMENT_NAME="mine", MLFLOW_RUN_ID="0" * 32) == ["evaluate"]
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("mine")
+    assert experiment
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.data.tags["stage"], run.info.status) == ("evaluate", "FINISHED")
+    assert len(Store(project).runs("evaluate")) == 1
+
+
+def test_a_dirty_tree_is_one_whose_own_files_changed(project: Project) -> None:
+    project.set("evaluate.batch_size", 50)
+    project.commit("Change the batch size")
+    (project.folder / "metrics/train.json").write_text("{}")  # DVC puts it back
+    assert project.repro() == ["evaluate"]
+    assert Store(project).runs("evaluate")[0].data.tags["git.dirty"] == "false"
+    (project.folder / "stages/evaluate.py").open("a").write("# changed\n")
+    assert project.repro() == ["evaluate"]
+    assert Store(project).runs("evaluate")[0].data.tags["git.dirty"] == "true"
+
+
+def test_the_pipeline_knows_its_files(finished_project: Project) -> None:
+    pipeline = Pipeline(finished_project.folder)
+    assert pipeline.upstream("evaluate") == {"fetch", "train"}
+    assert pipeline.upstream("fetch") == set()
+    assert pipeline.hash(pipeline.outs("train")).items() <= finished_project.md5s().items()
