@@ -6,7 +6,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 STORE := sqlite:///mlflow.db
 
-.PHONY: help repro test ui lint format lock
+.PHONY: help repro test ui sync lint format lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -21,6 +21,9 @@ test: .venv/installed  ## run the tests
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT=5001 for another port)
 	@mlflow server --backend-store-uri $(STORE) --host 127.0.0.1 --port $(MLFLOW_PORT)
+
+sync: .venv/installed  ## make MLflow agree with dvc.lock
+	@python -m commands.sync
 
 lint: .venv/installed  ## check style and types
 	@ruff check .

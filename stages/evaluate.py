@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     params = read_params()
 
-    with tracking.run("evaluate", params) as run:
+    with tracking.run("evaluate") as run:
         device = set_up_device(params.evaluate.device, params.evaluate.threads)
         run.set_tag("device", str(device))
         dataset, model = read_dataset(args.dataset), read_model(args.model)

@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     params = read_params()
 
-    with tracking.run("fetch", params) as run:
+    with tracking.run("fetch") as run:
         source, contents = fetch(params.fetch)
         run.set_tag("source", source)
         for path, part in ((args.train, "train"), (args.test, "test")):

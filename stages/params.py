@@ -82,18 +82,22 @@ def read_params(path: Path = PATH) -> Params:
     Raises StageError that lists every mistake: its key, what was found, what is allowed.
     """
     try:
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # YAML 1.2, the parser and type DVC uses
+        return Params.model_validate(read_values(path))
+    except ValidationError as error:
+        mistakes = [_describe(dict(detail)) for detail in error.errors(include_url=False)]
+        raise StageError("\n  ".join([f"{path} has {len(mistakes)} mistake(s):", *mistakes])) from None
+
+
+def read_values(path: Path = PATH) -> Any:
+    """Read what the file says, as DVC reads it, unchecked. Raises StageError for a file that is not YAML."""
+    try:
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # YAML 1.2
     except (OSError, UnicodeDecodeError) as error:
         raise StageError(f"cannot read {path}: {error}; `git checkout {path}` brings it back") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise StageError(f"{path} is not YAML: {where}{getattr(error, 'problem', None) or error}") from None
-    try:
-        return Params.model_validate(values)
-    except ValidationError as error:
-        mistakes = [_describe(dict(detail)) for detail in error.errors(include_url=False)]
-        raise StageError("\n  ".join([f"{path} has {len(mistakes)} mistake(s):", *mistakes])) from None
 
 
 def _describe(mistake: dict[str, Any]) -> str:

@@ -12,13 +12,14 @@ from ruamel.yaml import YAML
 
 @dataclass(frozen=True)
 class Record:
-    """One execution of a stage: its command, its params by section, and the MD5 of each dep by its path."""
+    """One execution of a stage: its command, its params by section, and the MD5 of each dep and out by its path."""
 
     stage: str
     cmd: str
     deps: Mapping[str, str]
     params: Mapping[str, Any]
     upstream_params: Mapping[str, Any]  # the sections of the stages that it depends on
+    outs: Mapping[str, str]  # empty while it is at work
 
     @property
     def fingerprint(self) -> str:
@@ -32,10 +33,10 @@ class Pipeline:
 
     def __init__(self, folder: Path) -> None:
         yaml = YAML(typ="safe")
-        lock = folder / "dvc.lock"
+        path = folder / "dvc.lock"
         self.folder = folder
         self.stages: dict[str, Any] = yaml.load(folder / "dvc.yaml")["stages"]
-        self.locked: dict[str, Any] = yaml.load(lock)["stages"] if lock.exists() else {}
+        self.lock: dict[str, Any] = yaml.load(path)["stages"] if path.exists() else {}
 
     def deps(self, stage: str) -> list[str]:
         return self.stages[stage]["deps"]
@@ -50,17 +51,42 @@ class Pipeline:
         direct = {other for other in self.stages if set(self.outs(other)) & set(self.deps(stage))}
         return direct.union(*(self.upstream(other) for other in direct))
 
-    def hash(self, paths: Iterable[str]) -> dict[str, str]:
-        """MD5 of each file, by its path."""
-        return {path: md5(self.folder / path) for path in paths}
+    def in_order(self) -> list[str]:
+        """The stages, each after those that it depends on."""
+        return sorted(self.stages, key=lambda stage: len(self.upstream(stage)))
 
-    def record(self, stage: str, params: Mapping[str, Any]) -> Record:
+    def hash(self, paths: Iterable[str]) -> dict[str, str]:
+        """MD5 of each file, by its path; "" for a file that is not there."""
+        return {path: md5(self.folder / path) if (self.folder / path).is_file() else "" for path in paths}
+
+    def starting(self, stage: str, params: Mapping[str, Any]) -> Record:
         """The execution of `stage` that begins now, with `params` by section."""
-        upstream: dict[str, Any] = {}
-        for other in self.upstream(stage):  # as they ran: params.yaml may say something else by now
-            upstream |= self.locked.get(other, {}).get("params", {}).get("params.yaml", {})
         own = {section: params[section] for section in self.stages[stage]["params"]}
-        return Record(stage, self.stages[stage]["cmd"], self.hash(self.deps(stage)), own, upstream)
+        deps = self.hash(self.deps(stage))
+        return Record(stage, self.stages[stage]["cmd"], deps, own, self._upstream_params(stage), {})
+
+    def locked(self, stage: str) -> Record | None:
+        """The execution that dvc.lock records; None where it records none."""
+        if stage not in self.lock:
+            return None
+        entry = self.lock[stage]
+        deps, outs = ({file["path"]: file["md5"] for file in entry.get(kind, [])} for kind in ("deps", "outs"))
+        own = entry.get("params", {}).get("params.yaml", {})
+        return Record(stage, entry["cmd"], deps, own, self._upstream_params(stage), outs)
+
+    def missing_outs(self, stage: str) -> list[str]:
+        """The outs of the stage that are not as dvc.lock says; all of them where it says nothing."""
+        if stage not in self.lock:
+            return self.outs(stage)
+        locked = {file["path"]: file["md5"] for file in self.lock[stage]["outs"]}
+        return [path for path, digest in self.hash(locked).items() if digest != locked[path]]
+
+    def _upstream_params(self, stage: str) -> dict[str, Any]:
+        """The params of the stages before this one as they ran: params.yaml may say something else by now."""
+        params: dict[str, Any] = {}
+        for other in self.upstream(stage):
+            params |= self.lock.get(other, {}).get("params", {}).get("params.yaml", {})
+        return params
 
 
 def md5(path: Path) -> str:

@@ -1,13 +1,15 @@
 """A stage's side of its MLflow run: what happens is sent to a recorder process, so that MLflow costs no time.
 
 The recorder (stages/recorder.py) imports MLflow and talks to the store while the stage works. It outlives a stage
-that is killed, and then closes the run as KILLED.
+that is killed, and then closes the run as KILLED. A stage does not fail because MLflow does: it warns once and goes on,
+and `make sync` records later what is missing. With TRACKING_STRICT=1 it fails instead, before it does anything.
 
 No stage names this module or the recorder in its deps. That is sound because nothing of them reaches an out.
 """
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,14 +17,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.params import Params
+from stages.params import read_values
 from stages.stage import StageError
+
+END_SECONDS = 60  # how long a stage that is done waits for its recorder
 
 
 class Run:
-    """The MLflow run of a stage that is at work. Its methods do not wait; each raises StageError once MLflow failed."""
+    """The MLflow run of a stage that is at work. Its methods do not wait for MLflow."""
 
-    def __init__(self, stage: str, params: Params) -> None:
+    def __init__(self, stage: str) -> None:
+        """Start the recorder. Raises StageError where tracking is strict and the store cannot be used."""
+        self._strict = os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false")
+        self._lost = False
         # A session of its own keeps Ctrl-C, which goes to the whole foreground, from the recorder.
         self._recorder = subprocess.Popen(
             [sys.executable, "-m", "stages.recorder"],
@@ -30,10 +37,15 @@ class Run:
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parent.parent,
             start_new_session=True,
-            text=True,
         )
-        now = int(time.time() * 1000)
-        self._send(event="start", stage=stage, folder=str(Path.cwd()), params=params.model_dump(), time=now)
+        assert self._recorder.stdin
+        assert self._recorder.stdout
+        self._events = self._recorder.stdin
+        folder, now = str(Path.cwd()), int(time.time() * 1000)
+        self._send(event="start", stage=stage, folder=folder, params=read_values(), time=now, pid=os.getpid())
+        os.set_blocking(self._events.fileno(), False)  # a recorder that hangs must not stop the stage
+        if self._strict and self._recorder.stdout.readline() != b"ready\n":
+            raise StageError("MLflow cannot record this run, and TRACKING_STRICT is set")
 
     def set_tag(self, key: str, value: str) -> None:
         self._send(event="tag", key=key, value=value)
@@ -42,35 +54,41 @@ class Run:
         self._send(event="metrics", metrics=dict(metrics), step=step)
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED, and wait until the store has all of it."""
+        """Close the run as FINISHED, FAILED or KILLED, and wait until the store has all of it.
+
+        Raises StageError where tracking is strict and the store does not get it.
+        """
         self._send(event="end", status=status)
-        assert self._recorder.stdin
-        self._recorder.stdin.close()
-        if self._recorder.wait() != 0:
-            self._raise_failure()
+        if self._lost:
+            self._recorder.kill()  # it must not take the missing end for a killed stage
+        with contextlib.suppress(OSError):
+            self._events.close()
+        try:
+            recorded = self._recorder.wait(END_SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            self._recorder.kill()
+            recorded = False
+            print(f"warning: MLflow took over {END_SECONDS} s; `make sync` completes the record", file=sys.stderr)
+        if self._strict and not recorded:
+            raise StageError("MLflow has not recorded this run, and TRACKING_STRICT is set")
 
     def _send(self, **event: Any) -> None:
-        assert self._recorder.stdin
-        try:
-            self._recorder.stdin.write(json.dumps(event) + "\n")
-            self._recorder.stdin.flush()
-        except BrokenPipeError:
-            self._recorder.wait()
-            self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        assert self._recorder.stdout
-        reason = self._recorder.stdout.read().strip()
-        raise StageError(reason or f"the MLflow recorder ended with {self._recorder.returncode}")
+        """Send an event, unless one before was lost. What is lost here stands in the stage's files."""
+        if not self._lost:
+            try:
+                self._events.write(json.dumps(event).encode() + b"\n")
+                self._events.flush()
+            except OSError:  # the recorder has ended, or hangs and the pipe is full
+                self._lost = True
 
 
 @contextlib.contextmanager
-def run(stage: str, params: Params) -> Iterator[Run]:
+def run(stage: str) -> Iterator[Run]:
     """Record in MLflow what the stage does in this context, and how it ends.
 
-    Raises StageError where the store cannot be used: soon, when that is known soon, else at the end.
+    Raises StageError where tracking is strict (TRACKING_STRICT=1) and the store cannot be used.
     """
-    current = Run(stage, params)
+    current = Run(stage)
     try:
         yield current
     except BaseException as error:

@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     params = read_params()
 
-    with tracking.run("train", params) as run:
+    with tracking.run("train") as run:
         device = set_up_device(params.train.device, params.train.threads)
         run.set_tag("device", str(device))
         model, history = train(read_dataset(args.dataset), params.train, device, run)

@@ -1,10 +1,13 @@
 """What the tests share: a tiny data set behind a local mirror, and copies of the project that run on it."""
 
+import os
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before MLflow is imported
+
 import functools
 import gzip
 import hashlib
 import http.server
-import os
 import re
 import shutil
 import subprocess
@@ -15,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 from dvc.utils.serialize import load_yaml, modify_yaml
-
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+from mlflow.entities import Run
 
 ROOT = Path(__file__).parent.parent
 TRAIN_SIZE, TEST_SIZE = 600, 200
@@ -108,6 +111,28 @@ class Project:
         """The MD5 of each out, by its path, as dvc.lock has them."""
         stages = load_yaml(self.folder / "dvc.lock")["stages"].values()
         return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}
+
+
+class Store:
+    """The MLflow store of a project, read with MLflow's own client."""
+
+    def __init__(self, project: Project) -> None:
+        self.uri = f"sqlite:///{project.folder / 'mlflow.db'}"
+        self.client = mlflow.MlflowClient(self.uri)
+        experiment = self.client.get_experiment_by_name("fashion-mnist-lenet")
+        assert experiment
+        self.experiment_id = experiment.experiment_id
+
+    def runs(self, stage: str) -> list[Run]:
+        """The stage's runs, the newest first."""
+        return list(self.client.search_runs([self.experiment_id], f"tags.stage = '{stage}'"))
+
+    def run(self, stage: str) -> Run:
+        (run,) = self.runs(stage)
+        return run
+
+    def curve(self, run: Run, metric: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, metric)]
 
 
 def ran(output: str) -> list[str]:

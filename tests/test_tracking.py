@@ -11,35 +11,12 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import TEST_SIZE, Project
+from conftest import TEST_SIZE, Project, Store, ran
 from dvc.utils.serialize import load_yaml
-from mlflow.entities import Run
 from safetensors import safe_open
 
 from stages.dataset import read_dataset
 from stages.pipeline import Pipeline, flatten, md5
-
-
-class Store:
-    """The MLflow store of a project, read with MLflow's own client."""
-
-    def __init__(self, project: Project) -> None:
-        self.uri = f"sqlite:///{project.folder / 'mlflow.db'}"
-        self.client = mlflow.MlflowClient(self.uri)
-        experiment = self.client.get_experiment_by_name("fashion-mnist-lenet")
-        assert experiment
-        self.experiment_id = experiment.experiment_id
-
-    def runs(self, stage: str) -> list[Run]:
-        """The stage's runs, the newest first."""
-        return list(self.client.search_runs([self.experiment_id], f"tags.stage = '{stage}'"))
-
-    def run(self, stage: str) -> Run:
-        (run,) = self.runs(stage)
-        return run
-
-    def curve(self, run: Run, metric: str) -> list[tuple[int, float]]:
-        return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, metric)]
 
 
 @pytest.fixture(scope="module")
@@ -184,17 +161,31 @@ def test_a_stage_that_fails_has_a_failed_run(project: Project) -> None:
     assert [run.info.status for run in Store(project).runs("train")] == ["FAILED", "FINISHED"]
 
 
-def test_a_store_that_cannot_be_used_is_told_in_one_line_and_nothing_is_lost(project: Project) -> None:
-    before = {path: (project.folder / path).read_bytes() for path in project.md5s()}
-    unusable = f"sqlite:///{project.folder / 'params.yaml'}/mlflow.db"  # below a file: no user can write there
+STAGES = ("fetch", "train", "evaluate")
+UNUSABLE = "sqlite:///{}/params.yaml/mlflow.db"  # below a file: no user, not even root, can write there
+
+
+def test_a_store_that_cannot_be_used_costs_a_warning_and_nothing_else(project: Project) -> None:
     project.set("evaluate.batch_size", 50)
-    result = project.dvc("repro", check=False, MLFLOW_TRACKING_URI=unusable)
+    result = project.dvc("repro", MLFLOW_TRACKING_URI=UNUSABLE.format(project.folder))
+    (line,) = [line for line in result.stderr.splitlines() if "MLflow" in line]
+    assert line.startswith(f"warning: MLflow cannot use {UNUSABLE.format(project.folder)} (")
+    assert "Traceback" not in result.stderr
+    assert ran(result.stdout) == ["evaluate"]
+    assert project.repro() == []
+
+
+def test_strict_tracking_fails_before_anything_is_done_and_loses_nothing(project: Project) -> None:
+    before = {path: (project.folder / path).read_bytes() for path in project.md5s()}
+    project.set("train.lr", 0.02)
+    strict = {"MLFLOW_TRACKING_URI": UNUSABLE.format(project.folder), "TRACKING_STRICT": "1"}
+    result = project.dvc("repro", check=False, **strict)
     assert result.returncode != 0
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert f"MLflow cannot use {unusable}: " in line
+    assert "error: MLflow cannot record this run, and TRACKING_STRICT is set" in result.stderr
+    assert "epoch" not in result.stdout
     assert "Traceback" not in result.stderr
     assert {path: (project.folder / path).read_bytes() for path in before} == before
-    assert project.repro() == ["evaluate"]
+    assert project.repro("--dry", "--single-item", "train") == ["train"]
 
 
 def test_the_environment_s_store_and_experiment_win(project: Project, tmp_path: Path) -> None:
@@ -204,8 +195,9 @@ def test_the_environment_s_store_and_experiment_win(project: Project, tmp_path: 
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("mine")
     assert experiment
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.data.tags["stage"], run.info.status) == ("evaluate", "FINISHED")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags["stage"]: run.info.status for run in runs} == dict.fromkeys(STAGES, "FINISHED")
+    assert {run.data.tags["stage"] for run in runs if "restored" in run.data.tags} == {"fetch", "train"}
     assert len(Store(project).runs("evaluate")) == 1
 
 

@@ -1,0 +1,315 @@
+"""The MLflow store: a view of what DVC knows. All of a run can be made again from dvc.lock and the outs."""
+
+import contextlib
+import csv
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import socket
+import subprocess
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Before MLflow is imported. A store that does not answer is given up after some 8 s: `make sync` makes up for it.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the run that is meant
+
+import mlflow
+import mlflow.pyfunc
+import numpy as np
+import psutil
+from filelock import FileLock
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from stages.pipeline import Pipeline, Record, flatten
+
+EXPERIMENT = "fashion-mnist-lenet"
+CODE = Path(__file__).parent
+DATASET_CONTEXT = {"fetch": "source", "train": "training", "evaluate": "evaluation"}
+HEADLINE = ("test_accuracy", "test_loss", "test_macro_f1")  # evaluate's metrics that its train run shows as well
+SERVING_PACKAGES = ("mlflow", "numpy", "safetensors", "torch")
+
+
+class Store:
+    """The store that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME name, else mlflow.db in the project.
+
+    `folder` is where the stage works. In `dvc exp run --temp` and --queue it is a clone that DVC deletes; DVC_ROOT
+    names the real project.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        root = Path(os.environ.get("DVC_ROOT", folder)).resolve()
+        self.pipeline = Pipeline(folder)
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+        # A server knows where its artifacts go. A database would put them into the current folder, which may be
+        # deleted.
+        served = mlflow.get_tracking_uri().startswith("http")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        # Processes that create an SQLite store at the same time break each other's migrations, and two stages that
+        # find the same record missing would both make it.
+        lock = root / ".dvc" / "tmp" / "mlflow.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(lock, timeout=60)
+        with self.lock:
+            self.client = mlflow.MlflowClient()
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
+                self.experiment_id = self._create_experiment(name, None if served else (root / "mlartifacts").as_uri())
+            else:
+                self.experiment_id = experiment.experiment_id
+        mlflow.set_experiment(experiment_id=self.experiment_id)
+
+    def _create_experiment(self, name: str, artifacts: str | None) -> str:
+        try:
+            return self.client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException:
+            experiment = self.client.get_experiment_by_name(name)  # a process on another host was first
+            if experiment is None:
+                raise
+            return experiment.experiment_id
+
+    # Finding runs
+
+    def search(self, tags: Mapping[str, str], status: str) -> list[Run]:
+        """All runs that have these tags and this status, the newest first."""
+        conditions = [f"attributes.status = '{status}'", *(f"tags.`{key}` = '{value}'" for key, value in tags.items())]
+        page = self.client.search_runs([self.experiment_id], " and ".join(conditions))
+        runs = list(page)
+        while page.token:
+            page = self.client.search_runs([self.experiment_id], " and ".join(conditions), page_token=page.token)
+            runs += page
+        return runs
+
+    def find(self, record: Record) -> Run | None:
+        """The newest finished run of this very execution: same command, deps, params and outs."""
+        runs = self.search(_identity(record) | _hash_tags("outs", record.outs), "FINISHED")
+        return runs[0] if runs else None
+
+    # Writing runs
+
+    def begin(self, record: Record, parent: Run | None, start_time: int, pid: int | None) -> str:
+        """Create the run of an execution, with all that is known when it starts; return the run's id.
+
+        `start_time` in milliseconds since 1970; `pid` is the process of the stage, None where there is none.
+        """
+        tags = _identity(record) | {"dvc.cmd": record.cmd} | _hash_tags("deps", record.deps)
+        tags |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": record.cmd}
+        tags |= {f"version.{package}": importlib.metadata.version(package) for package in (*SERVING_PACKAGES, "dvc")}
+        tags |= {"version.python": platform.python_version()}
+        for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
+            if value := os.environ.get(variable):
+                tags[variable.lower().replace("_", ".", 1)] = value
+        if parent:
+            tags["mlflow.parentRunId"] = parent.info.run_id
+        if pid:
+            tags |= _process_tags(pid)
+        commit, patch = git_state(self.pipeline)
+        if commit:
+            tags |= {"mlflow.source.git.commit": commit, "git.dirty": "true" if patch else "false"}
+        name = f"{record.stage} {os.environ.get('DVC_EXP_NAME') or record.fingerprint[:8]}"
+        run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
+        values = flatten({**record.upstream_params, **record.params})
+        params = [Param(key, value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()]
+        self.client.log_batch(run_id, params=params)
+        self._log_datasets(run_id, record.stage, record.deps)
+        if patch:
+            self.client.log_text(run_id, patch, "code.patch")
+        return run_id
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0, **links: Any) -> None:
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, [Metric(key, value, now, step, **links) for key, value in metrics.items()])
+
+    def complete(self, run_id: str, record: Record) -> None:
+        """Add what the outs say, and close the run as FINISHED; what the run has already is not logged again."""
+        folder, outs = self.pipeline.folder, record.outs
+        if record.stage == "fetch":
+            self._log_datasets(run_id, "fetch", outs)
+        for path in outs:
+            if path.endswith((".json", ".csv")):
+                self.client.log_artifact(run_id, str(folder / path))
+        if record.stage == "train":
+            self._log_curves(run_id, folder / _one(outs, "history.csv"))
+            self._log_model(run_id, _one(outs, ".safetensors"), outs)
+        if record.stage == "evaluate":
+            self._log_evaluation(run_id, record)
+        # These tags make the run the record of these outs: last, when all of it is there.
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _hash_tags("outs", outs).items()])
+        self.client.set_terminated(run_id, "FINISHED")
+
+    def _log_datasets(self, run_id: str, stage: str, md5s: Mapping[str, str]) -> None:
+        """Log those of the files that are data sets as the run's inputs; the digest is the MD5 that DVC knows."""
+        inputs = []
+        for path in set(md5s) & set(self.pipeline.outs("fetch")):
+            dataset = Dataset(path, md5s[path], source_type="local", source=json.dumps({"uri": path}))
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", DATASET_CONTEXT[stage])]))
+        if inputs:
+            self.client.log_inputs(run_id, inputs)
+
+    def _log_curves(self, run_id: str, history: Path) -> None:
+        with history.open(newline="") as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        logged = {point.step for point in self.client.get_metric_history(run_id, "train_loss")}
+        for row in rows:
+            step = int(row.pop("epoch"))
+            if step not in logged:
+                self.log_metrics(run_id, row, step)
+
+    def _log_model(self, run_id: str, path: str, outs: Mapping[str, str]) -> None:
+        """Log the weights as a model that MLflow can load and serve, made from code: no pickle."""
+        if self._model_id(self.client.get_run(run_id)):
+            return
+        mlflow.start_run(run_id=run_id)  # log_model writes to the active run
+        mlflow.pyfunc.log_model(
+            name="lenet",
+            python_model=str(CODE / "serving.py"),
+            artifacts={"weights": str(self.pipeline.folder / path)},
+            code_paths=[str(CODE)],
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28))]),
+                outputs=Schema([TensorSpec(np.dtype("float32"), (-1, 10))]),
+            ),
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in SERVING_PACKAGES],
+            tags=_hash_tags("outs", {path: outs[path]}),
+        )
+
+    def _log_evaluation(self, run_id: str, record: Record) -> None:
+        """Log evaluate's metrics, on the model and data set they belong to, and the headline on the train run."""
+        folder = self.pipeline.folder
+        metrics = json.loads((folder / _one(record.outs, "evaluate.json")).read_text())
+        with (folder / _one(record.outs, "per_class.csv")).open(newline="") as file:
+            per_class = {row.pop("class"): row for row in csv.DictReader(file)}
+        details = {f"{key}.{name}": float(value) for name, row in per_class.items() for key, value in row.items()}
+        (dataset,) = set(record.deps) & set(self.pipeline.outs("fetch"))
+        links: dict[str, Any] = {"dataset_name": dataset, "dataset_digest": record.deps[dataset]}
+        if parent_id := self.client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
+            if model_id := self._model_id(self.client.get_run(parent_id)):
+                links["model_id"] = model_id
+            self.log_metrics(parent_id, {key: metrics[key] for key in HEADLINE})
+        self.log_metrics(run_id, metrics | details, **links)
+
+    def _model_id(self, run: Run) -> str | None:
+        return run.outputs.model_outputs[-1].model_id if run.outputs and run.outputs.model_outputs else None
+
+    # Making the store agree with dvc.lock
+
+    def parent(self, record: Record) -> Run | None:
+        """The run to put this one below: that of the train stage which made the model that evaluate reads."""
+        train = self.pipeline.locked("train")
+        if record.stage != "evaluate" or not train or not train.outs.items() & record.deps.items():
+            return None
+        return self.find(train)
+
+    def restore(self, stage: str) -> str | None:
+        """Make the run of the execution that dvc.lock records, if it is missing; return its id.
+
+        The run that a lost connection left behind is completed. Nothing is made of outs that are not as dvc.lock
+        says.
+        """
+        record = self.pipeline.locked(stage)
+        if record is None or self.pipeline.missing_outs(stage):
+            return None
+        with self.lock:
+            parent = self.parent(record)
+            run = self.find(record)
+            if run and (parent is None or run.data.tags.get("mlflow.parentRunId") == parent.info.run_id):
+                return None
+            left = [run for run in self.search(_identity(record), "RUNNING") if not _is_alive(run)]
+            run_id = left[0].info.run_id if left else self.begin(record, parent, int(time.time() * 1000), None)
+            self.client.set_tag(run_id, "restored", "true")
+            self.complete(run_id, record)
+            return run_id
+
+    def restore_upstream(self, stage: str) -> None:
+        for other in self.pipeline.in_order():
+            if other in self.pipeline.upstream(stage):
+                self.restore(other)
+
+    def close_dead(self) -> list[str]:
+        """Close as KILLED the runs of processes of this host that are gone; return their ids."""
+        dead = [
+            run.info.run_id
+            for run in self.search({"process.host": socket.gethostname()}, "RUNNING")
+            if not _is_alive(run)
+        ]
+        for run_id in dead:
+            self.client.set_terminated(run_id, "KILLED")
+        return dead
+
+
+def quiet() -> None:
+    """Keep the notes of MLflow and its libraries from standard error: a command's output is about the command."""
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.showwarning = lambda *_, **__: None  # MLflow resets filters
+
+
+def describe(error: Exception) -> str:
+    """One line on a failure of the store; without the credentials that its address may hold."""
+    uri = re.sub(r"//[^/@]*@", "//…@", mlflow.get_tracking_uri())
+    reason = re.sub(r"//[^/@]*@", "//…@", f"{type(error).__name__}: {error}".splitlines()[0])
+    return f"MLflow cannot use {uri} ({reason})"
+
+
+def git_state(pipeline: Pipeline) -> tuple[str, str]:
+    """The commit, and the patch from it to the tree, without the files that DVC writes; both "" without git."""
+
+    def git(*arguments: str, allow: int = 0) -> str:
+        command = ["git", "-C", str(pipeline.folder), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="surrogateescape")
+        if result.returncode not in (0, allow):
+            raise subprocess.CalledProcessError(result.returncode, command)
+        return result.stdout
+
+    written_by_dvc = ["dvc.lock", *(out for stage in pipeline.stages for out in pipeline.outs(stage))]
+    ours = ["--", ".", *(f":(exclude){path}" for path in written_by_dvc)]
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        patch = git("diff", "HEAD", "--binary", *ours)
+        for path in git("ls-files", "--others", "--exclude-standard", "-z", *ours).split("\0")[:-1]:
+            patch += git("diff", "--no-index", "--binary", "--", "/dev/null", path, allow=1)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+        return "", ""
+    return commit, patch
+
+
+def _identity(record: Record) -> dict[str, str]:
+    return {"stage": record.stage, "dvc.fingerprint": record.fingerprint}
+
+
+def _hash_tags(kind: str, md5s: Mapping[str, str]) -> dict[str, str]:
+    return {f"dvc.{kind}.{path}": md5 for path, md5 in md5s.items()}
+
+
+def _one(paths: Mapping[str, str], ending: str) -> str:
+    (path,) = (path for path in paths if path.endswith(ending))
+    return path
+
+
+def _process_tags(pid: int) -> dict[str, str]:
+    created = ""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        created = str(psutil.Process(pid).create_time())
+    return {"process.host": socket.gethostname(), "process.pid": str(pid), "process.created": created}
+
+
+def _is_alive(run: Run) -> bool:
+    """Whether the stage's process may still be at work; one of another host always may."""
+    tags = run.data.tags
+    if tags.get("process.host") != socket.gethostname():
+        return True
+    current = _process_tags(int(tags["process.pid"]))
+    return current["process.created"] != "" and current == {key: tags[key] for key in current}

@@ -1,0 +1,151 @@
+"""MLflow is a view of what DVC keeps: however DVC came to its results, the right record is there, once."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Project, Store, copy
+from mlflow.entities import Run
+
+STAGES = ("fetch", "train", "evaluate")
+
+
+def content(store: Store, run: Run) -> dict[str, Any]:
+    """All of a run that must be the same however it was recorded."""
+    own = {"restored", "source", "device", "mlflow.parentRunId", "mlflow.source.git.commit", "git.dirty", "mlflow.user"}
+    tags = {key: value for key, value in run.data.tags.items() if key not in own and not key.startswith("process.")}
+    curves = {key: store.curve(run, key) for key in run.data.metrics}
+    inputs = (
+        {(entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs} if run.inputs else set()
+    )
+    artifacts = {file.path for file in store.client.list_artifacts(run.info.run_id)}
+    models = len(run.outputs.model_outputs) if run.outputs else 0
+    return {
+        "tags": tags,
+        "params": run.data.params,
+        "curves": curves,
+        "datasets": {(dataset.name, dataset.digest) for dataset in datasets},
+        "artifacts": artifacts,
+        "models": models,
+        "status": run.info.status,
+    }
+
+
+def everything(store: Store) -> dict[str, Any]:
+    """All runs with their content, by their ids."""
+    runs = store.client.search_runs([store.experiment_id])
+    return {run.info.run_id: (content(store, run), run.data.tags, run.info.end_time) for run in runs}
+
+
+def sync(project: Project) -> list[str]:
+    return project.run("python", "-m", "commands.sync").stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def restored(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project after `dvc repro`, with a new store that sync filled."""
+    project = copy(finished_project, tmp_path_factory.mktemp("restored"))
+    (project.folder / "mlflow.db").unlink()
+    lines = sync(project)
+    assert [line.partition(" as run")[0] for line in lines] == [f"{stage}: recorded" for stage in STAGES]
+    return project
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sync_makes_the_very_run_that_the_stage_made(stage: str, finished_project: Project, restored: Project) -> None:
+    live, made = Store(finished_project), Store(restored)
+    assert content(made, made.run(stage)) == content(live, live.run(stage))
+    assert made.run(stage).data.tags["restored"] == "true"
+    assert "restored" not in live.run(stage).data.tags
+
+
+def test_sync_puts_evaluate_below_train_and_its_scores_on_the_model(restored: Project) -> None:
+    store = Store(restored)
+    train = store.run("train")
+    assert store.run("evaluate").data.tags["mlflow.parentRunId"] == train.info.run_id
+    (model,) = store.client.search_logged_models([store.experiment_id])
+    assert model.source_run_id == train.info.run_id
+    assert "test_accuracy" in {metric.key for metric in model.metrics or []}
+
+
+def test_a_second_sync_changes_nothing(restored: Project) -> None:
+    before = everything(Store(restored))
+    assert sync(restored) == [f"{stage}: recorded before" for stage in STAGES]
+    assert everything(Store(restored)) == before
+
+
+def test_sync_changes_nothing_after_repro(finished_project: Project, tmp_path: Path) -> None:
+    project = copy(finished_project, tmp_path)
+    before = everything(Store(project))
+    assert sync(project) == [f"{stage}: recorded before" for stage in STAGES]
+    assert everything(Store(project)) == before
+
+
+def test_sync_records_nothing_of_outs_that_are_not_there(finished_project: Project, tmp_path: Path) -> None:
+    project = copy(finished_project, tmp_path)
+    (project.folder / "mlflow.db").unlink()
+    (project.folder / "models/lenet.safetensors").unlink()
+    lines = sync(project)
+    assert lines[1] == (
+        "train: not recorded, models/lenet.safetensors is not as in dvc.lock; `dvc checkout` or `dvc repro` first"
+    )
+    assert Store(project).runs("train") == []
+
+
+def test_a_stage_first_records_what_it_depends_on(project: Project) -> None:
+    """A new store: train and fetch do not run, and yet evaluate finds its parent."""
+    (project.folder / "mlflow.db").unlink()
+    project.set("evaluate.batch_size", 50)
+    assert project.repro() == ["evaluate"]
+    store = Store(project)
+    assert [store.run(stage).data.tags.get("restored") for stage in STAGES] == ["true", "true", None]
+    assert store.run("evaluate").data.tags["mlflow.parentRunId"] == store.run("train").info.run_id
+    scores = json.loads((project.folder / "metrics/evaluate.json").read_text())
+    assert scores.items() <= store.run("train").data.metrics.items()
+
+
+def test_integers_and_floats_in_params_are_the_same_execution_to_sync(project: Project) -> None:
+    project.set("train.lr", 1)
+    project.set("train.epochs", 1)
+    project.repro()
+    assert sync(project) == [f"{stage}: recorded before" for stage in STAGES]
+    assert Store(project).runs("train")[0].data.params["train.lr"] == "1"
+
+
+def test_runs_of_dead_processes_are_closed_and_those_of_living_ones_are_not(project: Project) -> None:
+    store = Store(project)
+    living = store.run("train").data.tags
+    process = {"stage": "train", "process.host": living["process.host"]}
+    own = str(psutil.Process().create_time())
+
+    def begin(**tags: str) -> str:
+        run = store.client.create_run(store.experiment_id, tags=process | tags)
+        return run.info.run_id
+
+    dead = begin(**{"process.pid": living["process.pid"], "process.created": living["process.created"]})
+    reused = begin(**{"process.pid": str(os.getpid()), "process.created": "1.0"})
+    alive = begin(**{"process.pid": str(os.getpid()), "process.created": own})
+    elsewhere = begin(**{"process.host": "another-host", "process.pid": "1", "process.created": "1.0"})
+    lines = sync(project)
+    assert sorted(lines[3:]) == sorted(f"closed run {run_id} as KILLED" for run_id in (dead, reused))
+    status = {run_id: store.client.get_run(run_id).info.status for run_id in (dead, reused, alive, elsewhere)}
+    assert status == {dead: "KILLED", reused: "KILLED", alive: "RUNNING", elsewhere: "RUNNING"}
+
+
+def test_sync_without_a_store_says_so_in_one_line(project: Project) -> None:
+    uri = f"sqlite:///{project.folder}/params.yaml/mlflow.db"
+    result = project.run("python", "-m", "commands.sync", check=False, MLFLOW_TRACKING_URI=uri)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: MLflow cannot use {uri} (")
+
+
+def test_credentials_in_the_store_s_address_are_not_told(project: Project) -> None:
+    uri = "http://user:secret@127.0.0.1:1"
+    result = project.run("python", "-m", "commands.sync", check=False, MLFLOW_TRACKING_URI=uri)
+    assert result.returncode == 1
+    assert "127.0.0.1" in result.stderr
+    assert "secret" not in result.stderr + result.stdout
