@@ -6,7 +6,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 STORE := sqlite:///mlflow.db
 
-.PHONY: help repro test ui sync lint format lock
+.PHONY: help repro test ui sync audit lint format lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -24,6 +24,9 @@ ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT
 
 sync: .venv/installed  ## make MLflow agree with dvc.lock
 	@python -m commands.sync
+
+audit: .venv/installed  ## list where DVC, the files and MLflow disagree; fail if they do
+	@python -m commands.audit
 
 lint: .venv/installed  ## check style and types
 	@ruff check .

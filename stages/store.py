@@ -10,9 +10,11 @@ import platform
 import re
 import socket
 import subprocess
+import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from stages.pipeline import Pipeline, Record, flatten
+from stages.pipeline import Pipeline, Record, flatten, md5
 
 EXPERIMENT = "fashion-mnist-lenet"
 CODE = Path(__file__).parent
 DATASET_CONTEXT = {"fetch": "source", "train": "training", "evaluate": "evaluation"}
 HEADLINE = ("test_accuracy", "test_loss", "test_macro_f1")  # evaluate's metrics that its train run shows as well
+PATCH = "code.patch"  # the artifact of a run of a dirty tree
 SERVING_PACKAGES = ("mlflow", "numpy", "safetensors", "torch")
 
 
@@ -93,6 +96,16 @@ class Store:
             runs += page
         return runs
 
+    def users(self, md5: str) -> dict[str, list[Run]]:
+        """The finished runs that made a file with this MD5 ("outs") and those that read one ("deps")."""
+        pipeline = self.pipeline
+        runs = {}
+        for kind, paths in (("outs", pipeline.outs), ("deps", pipeline.deps)):
+            every = {path for stage in pipeline.stages for path in paths(stage)}
+            found = [self.search({f"dvc.{kind}.{path}": md5}, "FINISHED") for path in sorted(every)]
+            runs[kind] = sorted(chain(*found), key=lambda run: run.info.start_time)
+        return runs
+
     def find(self, record: Record) -> Run | None:
         """The newest finished run of this very execution: same command, deps, params and outs."""
         runs = self.search(_identity(record) | _hash_tags("outs", record.outs), "FINISHED")
@@ -121,12 +134,12 @@ class Store:
             tags |= {"mlflow.source.git.commit": commit, "git.dirty": "true" if patch else "false"}
         name = f"{record.stage} {os.environ.get('DVC_EXP_NAME') or record.fingerprint[:8]}"
         run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
-        values = flatten({**record.upstream_params, **record.params})
-        params = [Param(key, value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()]
-        self.client.log_batch(run_id, params=params)
-        self._log_datasets(run_id, record.stage, record.deps)
+        self.client.log_batch(run_id, params=[Param(key, value) for key, value in param_values(record).items()])
+        self._log_datasets(run_id, record)
         if patch:
-            self.client.log_text(run_id, patch, "code.patch")
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / PATCH).write_bytes(patch)
+                self.client.log_artifact(run_id, f"{folder}/{PATCH}")
         return run_id
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0, **links: Any) -> None:
@@ -137,25 +150,30 @@ class Store:
         """Add what the outs say, and close the run as FINISHED; what the run has already is not logged again."""
         folder, outs = self.pipeline.folder, record.outs
         if record.stage == "fetch":
-            self._log_datasets(run_id, "fetch", outs)
+            self._log_datasets(run_id, record)
         for path in outs:
             if path.endswith((".json", ".csv")):
                 self.client.log_artifact(run_id, str(folder / path))
         if record.stage == "train":
-            self._log_curves(run_id, folder / _one(outs, "history.csv"))
-            self._log_model(run_id, _one(outs, ".safetensors"), outs)
+            self._log_curves(run_id, folder / one(outs, "history.csv"))
+            self._log_model(run_id, one(outs, ".safetensors"), outs)
         if record.stage == "evaluate":
             self._log_evaluation(run_id, record)
         # These tags make the run the record of these outs: last, when all of it is there.
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _hash_tags("outs", outs).items()])
         self.client.set_terminated(run_id, "FINISHED")
 
-    def _log_datasets(self, run_id: str, stage: str, md5s: Mapping[str, str]) -> None:
-        """Log those of the files that are data sets as the run's inputs; the digest is the MD5 that DVC knows."""
-        inputs = []
-        for path in set(md5s) & set(self.pipeline.outs("fetch")):
-            dataset = Dataset(path, md5s[path], source_type="local", source=json.dumps({"uri": path}))
-            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", DATASET_CONTEXT[stage])]))
+    def datasets(self, record: Record) -> dict[str, str]:
+        """The data sets that the stage reads, or makes, by path; the digest is the MD5 that DVC knows."""
+        md5s = {**record.deps, **record.outs}
+        return {path: md5s[path] for path in self.pipeline.outs("fetch") if path in md5s}
+
+    def _log_datasets(self, run_id: str, record: Record) -> None:
+        context = [InputTag("mlflow.data.context", DATASET_CONTEXT[record.stage])]
+        inputs = [
+            DatasetInput(Dataset(path, digest, source_type="local", source=json.dumps({"uri": path})), context)
+            for path, digest in self.datasets(record).items()
+        ]
         if inputs:
             self.client.log_inputs(run_id, inputs)
 
@@ -186,20 +204,44 @@ class Store:
             tags=_hash_tags("outs", {path: outs[path]}),
         )
 
+    def evaluation(self, record: Record) -> dict[str, float]:
+        """What evaluate's files say: its metrics, and those of each class as, for example, `f1.Bag`."""
+        folder = self.pipeline.folder
+        metrics = json.loads((folder / one(record.outs, "evaluate.json")).read_text(encoding="utf-8"))
+        with (folder / one(record.outs, "per_class.csv")).open(newline="", encoding="utf-8") as file:
+            per_class = {row.pop("class"): row for row in csv.DictReader(file)}
+        return metrics | {
+            f"{key}.{name}": float(value) for name, row in per_class.items() for key, value in row.items()
+        }
+
     def _log_evaluation(self, run_id: str, record: Record) -> None:
         """Log evaluate's metrics, on the model and data set they belong to, and the headline on the train run."""
-        folder = self.pipeline.folder
-        metrics = json.loads((folder / _one(record.outs, "evaluate.json")).read_text())
-        with (folder / _one(record.outs, "per_class.csv")).open(newline="") as file:
-            per_class = {row.pop("class"): row for row in csv.DictReader(file)}
-        details = {f"{key}.{name}": float(value) for name, row in per_class.items() for key, value in row.items()}
-        (dataset,) = set(record.deps) & set(self.pipeline.outs("fetch"))
-        links: dict[str, Any] = {"dataset_name": dataset, "dataset_digest": record.deps[dataset]}
+        metrics = self.evaluation(record)
+        ((dataset, digest),) = self.datasets(record).items()
+        links: dict[str, Any] = {"dataset_name": dataset, "dataset_digest": digest}
         if parent_id := self.client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
             if model_id := self._model_id(self.client.get_run(parent_id)):
                 links["model_id"] = model_id
             self.log_metrics(parent_id, {key: metrics[key] for key in HEADLINE})
-        self.log_metrics(run_id, metrics | details, **links)
+        self.log_metrics(run_id, metrics, **links)
+
+    # Reading runs
+
+    def artifact_md5(self, run: Run, name: str) -> str:
+        """MD5 of a run's artifact; "" where it has none of this name."""
+        if name not in [file.path for file in self.client.list_artifacts(run.info.run_id)]:
+            return ""
+        with tempfile.TemporaryDirectory() as folder:
+            return md5(Path(self.client.download_artifacts(run.info.run_id, name, folder)))
+
+    def model_md5(self, run: Run) -> str:
+        """MD5 of the weights in a run's model; "" where it has no model."""
+        model_id = self._model_id(run)
+        if not model_id:
+            return ""
+        with tempfile.TemporaryDirectory() as folder:
+            mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=folder)
+            return md5(next(Path(folder).rglob("*.safetensors")))
 
     def _model_id(self, run: Run) -> str | None:
         return run.outputs.model_outputs[-1].model_id if run.outputs and run.outputs.model_outputs else None
@@ -238,16 +280,17 @@ class Store:
             if other in self.pipeline.upstream(stage):
                 self.restore(other)
 
+    def dead(self) -> list[Run]:
+        """The runs that are RUNNING for processes of this host that are gone."""
+        running = self.search({"process.host": socket.gethostname()}, "RUNNING")
+        return [run for run in running if not _is_alive(run)]
+
     def close_dead(self) -> list[str]:
-        """Close as KILLED the runs of processes of this host that are gone; return their ids."""
-        dead = [
-            run.info.run_id
-            for run in self.search({"process.host": socket.gethostname()}, "RUNNING")
-            if not _is_alive(run)
-        ]
-        for run_id in dead:
+        """Close the dead runs as KILLED; return their ids."""
+        run_ids = [run.info.run_id for run in self.dead()]
+        for run_id in run_ids:
             self.client.set_terminated(run_id, "KILLED")
-        return dead
+        return run_ids
 
 
 def quiet() -> None:
@@ -264,26 +307,35 @@ def describe(error: Exception) -> str:
     return f"MLflow cannot use {uri} ({reason})"
 
 
-def git_state(pipeline: Pipeline) -> tuple[str, str]:
-    """The commit, and the patch from it to the tree, without the files that DVC writes; both "" without git."""
+def git_state(pipeline: Pipeline) -> tuple[str, bytes]:
+    """The commit, and the patch from it to the files as they are; both empty without git.
 
-    def git(*arguments: str, allow: int = 0) -> str:
+    Files that DVC writes do not count. Of files that git does not know, those count that the pipeline reads.
+    """
+
+    def git(*arguments: str, accept: int = 0) -> bytes:
         command = ["git", "-C", str(pipeline.folder), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="surrogateescape")
-        if result.returncode not in (0, allow):
+        result = subprocess.run(command, capture_output=True)
+        if result.returncode not in (0, accept):
             raise subprocess.CalledProcessError(result.returncode, command)
         return result.stdout
 
-    written_by_dvc = ["dvc.lock", *(out for stage in pipeline.stages for out in pipeline.outs(stage))]
-    ours = ["--", ".", *(f":(exclude){path}" for path in written_by_dvc)]
+    written = ["dvc.lock", *(out for stage in pipeline.stages for out in pipeline.outs(stage))]
+    read = ["params.yaml", "dvc.yaml", "stages"]
     try:
-        commit = git("rev-parse", "HEAD").strip()
-        patch = git("diff", "HEAD", "--binary", *ours)
-        for path in git("ls-files", "--others", "--exclude-standard", "-z", *ours).split("\0")[:-1]:
-            patch += git("diff", "--no-index", "--binary", "--", "/dev/null", path, allow=1)
+        commit = git("rev-parse", "HEAD").decode().strip()
+        patch = git("diff", "HEAD", "--binary", "--", ".", *(f":(exclude){path}" for path in written))
+        for path in git("ls-files", "--others", "--exclude-standard", "-z", "--", *read).split(b"\0")[:-1]:
+            patch += git("diff", "--binary", "--no-index", "--", "/dev/null", os.fsdecode(path), accept=1)
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
-        return "", ""
+        return "", b""
     return commit, patch
+
+
+def param_values(record: Record) -> dict[str, str]:
+    """The params of the stage and of those before it, as MLflow shows them."""
+    values = flatten({**record.upstream_params, **record.params})
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def _identity(record: Record) -> dict[str, str]:
@@ -294,7 +346,8 @@ def _hash_tags(kind: str, md5s: Mapping[str, str]) -> dict[str, str]:
     return {f"dvc.{kind}.{path}": md5 for path, md5 in md5s.items()}
 
 
-def _one(paths: Mapping[str, str], ending: str) -> str:
+def one(paths: Iterable[str], ending: str) -> str:
+    """The path that ends so, of which there is one."""
     (path,) = (path for path in paths if path.endswith(ending))
     return path
 

@@ -4,12 +4,14 @@ import os
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before MLflow is imported
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -178,8 +180,19 @@ def finished_project(fresh_project: Project, tmp_path_factory: pytest.TempPathFa
 
 
 def copy(project: Project, parent: Path) -> Project:
-    shutil.copytree(project.folder, parent / "project", symlinks=True)
-    return Project(parent / "project")
+    """A copy of the project in parent/project, with an MLflow store that knows where its artifacts lie now."""
+    old, new = project.folder, parent / "project"
+    shutil.copytree(old, new, symlinks=True)
+    if (new / "mlflow.db").exists():
+        with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
+            for table, column in (
+                ("experiments", "artifact_location"),
+                ("runs", "artifact_uri"),
+                ("logged_models", "artifact_location"),
+            ):
+                database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(old), str(new)))
+            database.commit()
+    return Project(new)
 
 
 @pytest.fixture

@@ -18,9 +18,7 @@ def content(store: Store, run: Run) -> dict[str, Any]:
     own = {"restored", "source", "device", "mlflow.parentRunId", "mlflow.source.git.commit", "git.dirty", "mlflow.user"}
     tags = {key: value for key, value in run.data.tags.items() if key not in own and not key.startswith("process.")}
     curves = {key: store.curve(run, key) for key in run.data.metrics}
-    inputs = (
-        {(entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs} if run.inputs else set()
-    )
+    datasets = [entry.dataset for entry in run.inputs.dataset_inputs] if run.inputs else []
     artifacts = {file.path for file in store.client.list_artifacts(run.info.run_id)}
     models = len(run.outputs.model_outputs) if run.outputs else 0
     return {

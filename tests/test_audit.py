@@ -1,0 +1,145 @@
+"""Each kind of disagreement is planted, and audit names it in one line."""
+
+from collections.abc import Callable
+
+import pytest
+from conftest import Project, Store
+from dvc.utils.serialize import modify_yaml
+
+from commands.audit import audit_files, audit_store
+from stages import store
+
+
+@pytest.fixture
+def audit(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Return a function that returns audit's lines about the project."""
+    monkeypatch.chdir(project.folder)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def lines() -> list[str]:
+        opened = store.Store(project.folder)
+        return [*audit_files(opened.pipeline), *audit_store(opened)]
+
+    return lines
+
+
+def test_after_repro_all_agree(project: Project) -> None:
+    result = project.run("python", "-m", "commands.audit")
+    assert result.stdout == "params.yaml, dvc.yaml, dvc.lock, the files and MLflow agree\n"
+
+
+def test_a_disagreement_is_a_failure(project: Project) -> None:
+    change_params(project)
+    result = project.run("python", "-m", "commands.audit", check=False)
+    assert result.returncode == 1
+    assert result.stdout == "train.lr: params.yaml has 0.5, dvc.lock 0.01\n"
+
+
+def change_params(project: Project) -> None:
+    project.set("train.lr", 0.5)
+
+
+def change_command(project: Project) -> None:
+    with modify_yaml(project.folder / "dvc.yaml") as pipeline:
+        pipeline["stages"]["fetch"]["cmd"] += " "
+        pipeline["stages"]["fetch"]["cmd"] += "--again"
+
+
+def change_deps(project: Project) -> None:
+    with modify_yaml(project.folder / "dvc.yaml") as pipeline:
+        pipeline["stages"]["evaluate"]["deps"].remove("stages/device.py")
+
+
+def change_code(project: Project) -> None:
+    with (project.folder / "stages/evaluate.py").open("a") as file:
+        file.write("# changed\n")
+
+
+def change_metrics_file(project: Project) -> None:
+    (project.folder / "metrics/train.json").write_text("{}")
+
+
+def remove_model(project: Project) -> None:
+    (project.folder / "models/lenet.safetensors").unlink()
+
+
+def remove_run(project: Project) -> None:
+    mlflow = Store(project)
+    mlflow.client.delete_run(mlflow.run("evaluate").info.run_id)
+
+
+def change_headline(project: Project) -> None:
+    mlflow = Store(project)
+    mlflow.client.log_metric(mlflow.run("train").info.run_id, "test_accuracy", 0.123)
+
+
+def change_metric(project: Project) -> None:
+    mlflow = Store(project)
+    mlflow.client.log_metric(mlflow.run("evaluate").info.run_id, "f1.Bag", 0.123)
+
+
+def change_curve(project: Project) -> None:
+    mlflow = Store(project)
+    mlflow.client.log_metric(mlflow.run("train").info.run_id, "train_loss", 0.123, step=2)
+
+
+def add_param(project: Project) -> None:
+    mlflow = Store(project)
+    mlflow.client.log_param(mlflow.run("train").info.run_id, "train.momentum", "0.9")
+
+
+def change_parent(project: Project) -> None:
+    mlflow = Store(project)
+    mlflow.client.set_tag(mlflow.run("evaluate").info.run_id, "mlflow.parentRunId", mlflow.run("fetch").info.run_id)
+
+
+def change_artifact(project: Project) -> None:
+    (artifact,) = (project.folder / "mlartifacts").rglob("predictions.csv")
+    artifact.write_text("actual,predicted\n")
+
+
+def change_weights(project: Project) -> None:
+    (weights,) = (project.folder / "mlartifacts").rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x00")
+
+
+def leave_run(project: Project) -> None:
+    mlflow = Store(project)
+    process = {key: value for key, value in mlflow.run("train").data.tags.items() if key.startswith("process.")}
+    mlflow.client.create_run(mlflow.experiment_id, tags={"stage": "train", **process})
+
+
+@pytest.mark.parametrize(
+    ("plant", "expected"),
+    [
+        (change_params, "train.lr: params.yaml has 0.5, dvc.lock 0.01"),
+        (change_command, "fetch: dvc.yaml has another command than dvc.lock"),
+        (change_deps, "stages/device.py: dvc.lock has it, dvc.yaml does not"),
+        (change_code, "stages/evaluate.py: dvc.lock (evaluate) has MD5 "),
+        (change_metrics_file, "metrics/train.json: dvc.lock (train) has MD5 "),
+        (remove_model, "models/lenet.safetensors: dvc.lock (train) has MD5 "),
+        (remove_run, "evaluate: MLflow has no finished run of what dvc.lock records"),
+        (change_headline, "test_accuracy: MLflow's train run has 0.123, the metrics files "),
+        (change_metric, "f1.Bag: MLflow has 0.123, the metrics files "),
+        (change_curve, "train_loss of epoch 2: MLflow has 0.123, history.csv "),
+        (add_param, "train.momentum: MLflow has it, dvc.lock does not"),
+        (change_parent, "its parent is not "),
+        (change_artifact, "metrics/predictions.csv: MLflow's artifact is not the file of dvc.lock"),
+        (change_weights, "models/lenet.safetensors: MLflow's model has "),
+        (leave_run, "MLflow has it RUNNING, its process is gone"),
+    ],
+)
+def test_each_disagreement_is_named(
+    plant: Callable[[Project], None], expected: str, project: Project, audit: Callable[[], list[str]]
+) -> None:
+    plant(project)
+    lines = audit()
+    assert any(expected in line for line in lines), lines
+
+
+def test_a_mistake_in_params_is_named(project: Project) -> None:
+    project.set("train.lr", -1)
+    result = project.run("python", "-m", "commands.audit", check=False)
+    assert result.returncode == 1
+    assert "train.lr: expected greater than 0, found -1" in result.stderr
