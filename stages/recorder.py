@@ -4,7 +4,9 @@ Reads events, one JSON object a line, from standard input. Where they end withou
 so the run is. Prints `ready` when the run is there. Where the store fails, says so in one line and exits with 1.
 """
 
+import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,8 @@ def record(events: Iterator[str]) -> None:
     store.close_dead()
     current = store.pipeline.starting(start["stage"], start["params"])
     run_id = store.begin(current, store.parent(current), start["time"], start["pid"])
-    print("ready", flush=True)
+    with contextlib.suppress(BrokenPipeError):  # the stage may be dead by now
+        os.write(sys.stdout.fileno(), b"ready\n")
     status = "KILLED"
     for line in events:
         match json.loads(line):

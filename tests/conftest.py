@@ -164,6 +164,8 @@ def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: p
     project.set("train.validation_size", 100)
     project.set("train.epochs", 3)
     project.set("train.batch_size", 16)
+    project.set("train.threads", 1)  # threads that wait for each other do so at the cost of the other processes
+    project.set("evaluate.threads", 1)
     (project.folder / "dvc.lock").unlink(missing_ok=True)
     project.run("git", "init", "-q", "-b", "main")
     project.commit("The project on tiny data")

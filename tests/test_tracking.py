@@ -144,6 +144,7 @@ def test_a_stage_that_is_ended_by_a_signal_has_a_killed_run(number: signal.Signa
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
+    assert "warning" not in errors
     store, deadline = Store(project), time.monotonic() + 60
     while store.runs("train")[0].info.status == "RUNNING" and time.monotonic() < deadline:
         time.sleep(0.1)  # after SIGKILL, the recorder is what is left to close the run
