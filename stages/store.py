@@ -296,7 +296,7 @@ class Store:
 def quiet() -> None:
     """Keep the notes of MLflow and its libraries from standard error: a command's output is about the command."""
     for name in ("mlflow", "alembic", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised as well
     warnings.showwarning = lambda *_, **__: None  # MLflow resets filters
 
 

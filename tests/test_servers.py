@@ -1,0 +1,239 @@
+"""Tracking is never the reason that work is lost: a real MLflow server is stopped, hung and started again."""
+
+import http.server
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow
+import pytest
+from conftest import Project, Store, ran
+
+STAGES = ("fetch", "train", "evaluate")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """A real `mlflow server` on loopback, in a folder of its own, that can be stopped, hung and started again."""
+
+    def __init__(self, folder: Path, store: str) -> None:
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts"), "--workers", "1"),
+        ]
+        self.folder = folder
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            stdout=(self.folder / "log").open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)  # its session, and so its workers as well
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(folder, f"sqlite:///{folder / 'mlflow.db'}")
+    yield server
+    server.stop()
+
+
+class Outcome(NamedTuple):
+    ran: list[str]
+    warnings: list[str]
+    seconds: float  # from the stage's start to the first warning
+
+
+def repro(project: Project, uri: str, on_line: Callable[[str], None] = lambda _: None) -> Outcome:
+    """Run `dvc repro`, which must succeed, and call on_line with each line of its output."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        ["dvc", "repro"],
+        cwd=project.folder,
+        env=environment | {"MLFLOW_TRACKING_URI": uri},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines, times = [], []
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line)
+        times.append(time.monotonic())
+        on_line(line)
+    output = "".join(lines)
+    assert process.wait() == 0, output
+    assert "Traceback" not in output
+    warned = [index for index, line in enumerate(lines) if "warning" in line.lower()]
+    started = next(index for index, line in enumerate(lines) if line.startswith("> "))
+    return Outcome(ran(output), [lines[index] for index in warned], times[warned[0]] - times[started] if warned else 0)
+
+
+def assert_sync_completes_the_record(project: Project, uri: str) -> None:
+    project.run("python", "-m", "commands.sync", MLFLOW_TRACKING_URI=uri)
+    agreed = project.run("python", "-m", "commands.audit", MLFLOW_TRACKING_URI=uri)
+    assert "agree" in agreed.stdout
+
+
+def test_a_server_that_is_down_costs_one_warning(project: Project, server: Server) -> None:
+    project.set("evaluate.batch_size", 50)
+    outcome = repro(project, f"http://127.0.0.1:{free_port()}")
+    assert outcome.ran == ["evaluate"]
+    (warning,) = outcome.warnings
+    assert warning.startswith("warning: MLflow cannot use http://127.0.0.1:")
+    assert outcome.seconds < 10
+    assert_sync_completes_the_record(project, server.uri)
+
+
+def test_a_server_that_answers_500_costs_one_warning(project: Project) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(500)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    project.set("evaluate.batch_size", 50)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as failing:
+        threading.Thread(target=failing.serve_forever, args=[0.01], daemon=True).start()
+        outcome = repro(project, f"http://127.0.0.1:{failing.server_port}")
+        failing.shutdown()
+    assert (outcome.ran, len(outcome.warnings)) == (["evaluate"], 1)
+    assert outcome.seconds < 10
+
+
+def test_a_server_that_hangs_costs_one_warning(project: Project, server: Server) -> None:
+    project.set("evaluate.batch_size", 60)
+    server.signal(signal.SIGSTOP)
+    try:
+        outcome = repro(project, server.uri)
+    finally:
+        server.signal(signal.SIGCONT)
+    assert (outcome.ran, len(outcome.warnings)) == (["evaluate"], 1)
+    assert outcome.seconds < 10
+    assert_sync_completes_the_record(project, server.uri)
+
+
+def test_a_server_that_goes_down_in_the_middle_costs_one_warning_and_the_record_is_completed(
+    project: Project, server: Server
+) -> None:
+    project.set("train.seed", 3)
+    project.set("train.epochs", 12)
+    project.set("train.batch_size", 2)
+
+    def stop(line: str) -> None:
+        if line.startswith("epoch 8/"):
+            server.stop()
+
+    outcome = repro(project, server.uri, stop)
+    assert outcome.ran == ["train", "evaluate"]
+    assert len(outcome.warnings) == 2, "one for each stage"
+    server.start()
+    client = mlflow.MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("fashion-mnist-lenet")
+    assert experiment
+    of_this_seed = "tags.stage = 'train' and params.`train.seed` = '3'"
+    (cut,) = client.search_runs([experiment.experiment_id], of_this_seed)
+    assert cut.info.status == "RUNNING"
+    assert_sync_completes_the_record(project, server.uri)
+    (completed,) = client.search_runs([experiment.experiment_id], of_this_seed)
+    assert (completed.info.run_id, completed.info.status) == (cut.info.run_id, "FINISHED")
+    points = client.get_metric_history(cut.info.run_id, "train_loss")
+    assert [point.step for point in points] == list(range(1, 13))
+
+
+def test_a_read_only_store_costs_one_warning(project: Project) -> None:
+    project.set("evaluate.batch_size", 50)
+    before = (project.folder / "mlflow.db").read_bytes()
+    outcome = repro(project, f"sqlite:///file:{project.folder}/mlflow.db?mode=ro&uri=true")
+    assert (outcome.ran, len(outcome.warnings)) == (["evaluate"], 1)
+    assert "readonly" in outcome.warnings[0]
+    assert outcome.seconds < 10
+    assert (project.folder / "mlflow.db").read_bytes() == before
+    project.run("python", "-m", "commands.sync")
+    assert Store(project).runs("evaluate")[0].data.tags["restored"] == "true"
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a database in a PostgreSQL of its own, which listens on loopback."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    bin_folder, folder, port = found[-1].parent, tmp_path_factory.mktemp("postgres"), free_port()
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    if user:
+        shutil.chown(folder, "postgres")
+        for parent in folder.parents:
+            if parent.stat().st_uid == os.geteuid() and str(parent).startswith(tempfile.gettempdir() + "/"):
+                parent.chmod(0o755)
+
+    def run(program: str, *arguments: str) -> None:
+        command = [str(bin_folder / program), *arguments]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, user=user)
+
+    data = str(folder / "data")
+    run("initdb", "-D", data, "-U", "mlflow", "--auth", "trust")
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
+    run("pg_ctl", "-D", data, "-l", str(folder / "log"), "-o", options, "--wait", "start")
+    run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow")
+    yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
+    run("pg_ctl", "-D", data, "--mode", "immediate", "stop")
+
+
+def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project, postgres: str, tmp_path: Path) -> None:
+    server = Server(tmp_path, postgres)
+    try:
+        project.set("evaluate.batch_size", 50)
+        assert repro(project, server.uri) == (["evaluate"], [], 0)
+        assert_sync_completes_the_record(project, server.uri)
+        client = mlflow.MlflowClient(server.uri)
+        experiment = client.get_experiment_by_name("fashion-mnist-lenet")
+        assert experiment
+        runs = client.search_runs([experiment.experiment_id])
+        assert {run.data.tags["stage"]: run.info.status for run in runs} == dict.fromkeys(STAGES, "FINISHED")
+        assert all(run.info.artifact_uri.startswith("mlflow-artifacts:/") for run in runs), "proxied by the server"
+        assert list((tmp_path / "artifacts").rglob("lenet.safetensors"))
+        assert not (project.folder / "mlruns").exists()
+    finally:
+        server.stop()
