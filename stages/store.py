@@ -119,7 +119,11 @@ class Store:
         `start_time` in milliseconds since 1970; `pid` is the process of the stage, None where there is none.
         """
         tags = _identity(record) | {"dvc.cmd": record.cmd} | _hash_tags("deps", record.deps)
-        tags |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": record.cmd}
+        tags |= {
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.name": record.cmd,
+            "mlflow.user": psutil.Process().username(),
+        }
         tags |= {f"version.{package}": importlib.metadata.version(package) for package in (*SERVING_PACKAGES, "dvc")}
         tags |= {"version.python": platform.python_version()}
         for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
@@ -300,11 +304,12 @@ def quiet() -> None:
     warnings.showwarning = lambda *_, **__: None  # MLflow resets filters
 
 
-def describe(error: Exception) -> str:
-    """One line on a failure of the store; without the credentials that its address may hold."""
-    uri = re.sub(r"//[^/@]*@", "//…@", mlflow.get_tracking_uri())
-    reason = re.sub(r"//[^/@]*@", "//…@", f"{type(error).__name__}: {error}".splitlines()[0])
-    return f"MLflow cannot use {uri} ({reason})"
+def describe(error: BaseException) -> str:
+    """One line on a failure of the store, with its first cause; without the credentials that an address may hold."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return re.sub(r"//[^/@]*@", "//…@", f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason})")
 
 
 def git_state(pipeline: Pipeline) -> tuple[str, bytes]:
