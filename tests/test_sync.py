@@ -1,6 +1,5 @@
 """MLflow is a view of what DVC keeps: however DVC came to its results, the right record is there, once."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -94,18 +93,6 @@ def test_sync_records_nothing_of_outs_that_are_not_there(finished_project: Proje
         "train: not recorded, models/lenet.safetensors is not as in dvc.lock; `dvc checkout` or `dvc repro` first"
     )
     assert Store(project).runs("train") == []
-
-
-def test_a_stage_first_records_what_it_depends_on(project: Project) -> None:
-    """A new store: train and fetch do not run, and yet evaluate finds its parent."""
-    (project.folder / "mlflow.db").unlink()
-    project.set("evaluate.batch_size", 50)
-    assert project.repro() == ["evaluate"]
-    store = Store(project)
-    assert [store.run(stage).data.tags.get("restored") for stage in STAGES] == ["true", "true", None]
-    assert store.run("evaluate").data.tags["mlflow.parentRunId"] == store.run("train").info.run_id
-    scores = json.loads((project.folder / "metrics/evaluate.json").read_text())
-    assert scores.items() <= store.run("train").data.metrics.items()
 
 
 def test_numbers_are_to_sync_what_they_were_to_the_stage(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
