@@ -21,6 +21,7 @@ from typing import Any
 # Before MLflow is imported. A store that does not answer is given up after some 8 s: `make sync` makes up for it.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the run that is meant
@@ -32,7 +33,7 @@ import psutil
 from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from stages.pipeline import Pipeline, Record, flatten, md5
@@ -194,8 +195,11 @@ class Store:
         """Log the weights as a model that MLflow can load and serve, made from code: no pickle."""
         if self._model_id(self.client.get_run(run_id)):
             return
-        mlflow.start_run(run_id=run_id)  # log_model writes to the active run
-        mlflow.pyfunc.log_model(
+        # mlflow.pyfunc.log_model would do, but for an active run, which MLflow calls FINISHED whenever Python exits.
+        Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
             name="lenet",
             python_model=str(CODE / "serving.py"),
             artifacts={"weights": str(self.pipeline.folder / path)},
