@@ -39,6 +39,7 @@ from mlflow.types import Schema, TensorSpec
 from stages.pipeline import Pipeline, Record, flatten, md5
 
 EXPERIMENT = "fashion-mnist-lenet"
+DESCRIPTION = "LeNet on Fashion-MNIST. Compare the `train` runs; `evaluate` runs are their children."
 CODE = Path(__file__).parent
 DATASET_CONTEXT = {"fetch": "source", "train": "training", "evaluate": "evaluation"}
 HEADLINE = ("test_accuracy", "test_loss", "test_macro_f1")  # evaluate's metrics that its train run shows as well
@@ -78,7 +79,9 @@ class Store:
 
     def _create_experiment(self, name: str, artifacts: str | None) -> str:
         try:
-            return self.client.create_experiment(name, artifact_location=artifacts)
+            return self.client.create_experiment(
+                name, artifact_location=artifacts, tags={"mlflow.note.content": DESCRIPTION}
+            )
         except MlflowException:
             experiment = self.client.get_experiment_by_name(name)  # a process on another host was first
             if experiment is None:
@@ -122,7 +125,7 @@ class Store:
         tags = _identity(record) | {"dvc.cmd": record.cmd} | _hash_tags("deps", record.deps)
         tags |= {
             "mlflow.source.type": "LOCAL",
-            "mlflow.source.name": record.cmd,
+            "mlflow.source.name": f"dvc.yaml:{record.stage}",
             "mlflow.user": psutil.Process().username(),
         }
         tags |= {f"version.{package}": importlib.metadata.version(package) for package in (*SERVING_PACKAGES, "dvc")}
