@@ -198,13 +198,13 @@ def test_plots_show_renders_curves_confusion_and_classes(project: Project) -> No
 
 
 def test_an_experiment_runs_what_its_change_affects_and_shows_its_values(project: Project) -> None:
-    result = project.dvc("exp", "run", "--name", "slow", "--set-param", "train.lr=1e-4")
-    assert ran(result.stdout) == ["train", "evaluate"]
+    result = project.dvc("exp", "run", "--name", "small", "--set-param", "evaluate.batch_size=50")
+    assert ran(result.stdout) == ["evaluate"]
     shown = json.loads(project.dvc("exp", "show", "--json").stdout)
     experiments = [revision for entry in shown for group in entry["experiments"] or [] for revision in group["revs"]]
     (experiment,) = experiments
-    assert experiment["name"] == "slow"
-    assert experiment["data"]["params"]["params.yaml"]["data"]["train"]["lr"] == 1e-4
+    assert experiment["name"] == "small"
+    assert experiment["data"]["params"]["params.yaml"]["data"]["evaluate"]["batch_size"] == 50
     metrics = experiment["data"]["metrics"]["metrics/evaluate.json"]["data"]
     assert metrics == json.loads((project.folder / "metrics/evaluate.json").read_text())
 

@@ -89,8 +89,10 @@ def test_experiments_in_the_workspace_and_in_a_temporary_folder(project: Project
 
 def test_eight_queued_experiments_on_four_workers_and_a_new_store(project: Project) -> None:
     (project.folder / "mlflow.db").unlink()
-    names = [f"seed-{seed}" for seed in range(1, 9)]
-    project.dvc("exp", "run", "--queue", "-S", "train.seed=1,2,3,4,5,6,7,8", "-S", "train.epochs=1", "--name", "seed")
+    sizes = range(11, 19)
+    names = [f"size-{number}" for number in range(1, 9)]
+    sweep = f"evaluate.batch_size={','.join(map(str, sizes))}"
+    project.dvc("exp", "run", "--queue", "--name", "size", "-S", sweep)
     project.dvc("queue", "start", "--jobs", "4")
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
@@ -99,21 +101,24 @@ def test_eight_queued_experiments_on_four_workers_and_a_new_store(project: Proje
             break
         time.sleep(1)
     assert status.count("Success") == len(names), status
-    assert "warning" not in "".join(project.dvc("queue", "logs", f"seed-{n}").stdout for n in range(1, 9))
+    assert "warning" not in "".join(project.dvc("queue", "logs", name).stdout for name in names)
     store = Store(project)
-    rows = store.runs("train")
-    by_name = {run.data.tags["dvc.exp_name"]: run for run in rows if "dvc.exp_name" in run.data.tags}
+    by_name = {run.data.tags["dvc.exp_name"]: run for run in store.runs("evaluate")}
     assert sorted(by_name) == names
-    assert len({run.data.params["train.seed"] for run in by_name.values()}) == 8
-    assert all(is_complete(store, run) for run in by_name.values())
-    assert len(store.runs("fetch")) == 1, "recorded once, by whichever was first"
+    assert sorted(int(run.data.params["evaluate.batch_size"]) for run in by_name.values()) == list(sizes)
+    train, fetch = store.run("train"), store.run("fetch")  # recorded once, by whichever was first
+    assert train.data.tags["restored"] == fetch.data.tags["restored"] == "true"
+    for run in by_name.values():
+        assert (run.info.status, run.data.tags["mlflow.parentRunId"]) == ("FINISHED", train.info.run_id)
+        assert run.data.metrics["test_accuracy"] == train.data.metrics["test_accuracy"]
+        assert run.inputs
+        assert len(run.inputs.dataset_inputs) == 1
+        assert (project.folder / "mlartifacts" / run.info.run_id / "artifacts" / "evaluate.json").exists()
 
     before = all_runs(store)
-    project.dvc("exp", "apply", "seed-3")
+    project.dvc("exp", "apply", "size-3")
     assert agree(project)
     assert all_runs(store) == before
-    applied = json.loads((project.folder / "metrics/evaluate.json").read_text())
-    assert applied.items() <= by_name["seed-3"].data.metrics.items()
 
 
 def test_a_pull_in_a_fresh_clone(project: Project, tmp_path: Path) -> None:
