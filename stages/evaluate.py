@@ -5,6 +5,7 @@ python -m stages.evaluate data/fashion-mnist/test.safetensors models/lenet.safet
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ def main() -> None:
 def score(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Accuracy and macro-F1, 0..1, of labels and predictions (N,)."""
     f1 = [row["f1"] for row in score_classes(labels, predicted, range(10))]
-    return {"test_accuracy": float((labels == predicted).mean()), "test_macro_f1": sum(f1) / len(f1)}
+    return {
+        "test_accuracy": float((labels == predicted).mean()),
+        "test_macro_f1": math.fsum(f1) / len(f1),
+    }  # sum() rounds otherwise from Python 3.12 on
 
 
 def score_classes(labels: np.ndarray, predicted: np.ndarray, classes: Iterable[object]) -> list[dict[str, Any]]:
