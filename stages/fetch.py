@@ -7,6 +7,7 @@ fetch.mirrors; and, where apt-get exists, that package downloaded with it (this 
 """
 
 import argparse
+import gc
 import hashlib
 import io
 import os
@@ -19,12 +20,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from stages import stage, tracking
+
+if __name__ == "__main__":
+    gc.disable()  # what is imported stays: nothing of it is garbage
+    tracking.start_recorder()  # its imports take as long as those that follow
+
 import numpy as np
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from stages import stage, tracking
 from stages.dataset import Dataset, check_dataset, write_dataset
 from stages.params import Fetch, File, read_params
 from stages.stage import StageError

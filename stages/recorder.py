@@ -18,7 +18,10 @@ from stages.store import Store, describe, quiet
 
 def record(events: Iterator[str]) -> None:
     """Do what the events say, up to the end of the run."""
-    start = json.loads(next(events))
+    first = next(events, None)
+    if first is None:  # the stage ended before it began its run
+        return
+    start = json.loads(first)
     store = Store(Path(start["folder"]))
     store.restore_upstream(start["stage"])
     store.close_dead()

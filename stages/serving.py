@@ -1,26 +1,29 @@
 """The model as MLflow serves it: made from this code and the weights, without a pickle.
 
-MLflow runs this file when it loads the model; no stage imports it.
+MLflow runs this file when it logs the model, which needs no PyTorch, and when it loads it; no stage imports it.
 """
 
 from pathlib import Path
 
 import mlflow
 import numpy as np
-import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
-
-from stages.lenet import predict, read_model
 
 BATCH_SIZE = 1000
 
 
 class ServedLeNet(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
+        from stages.lenet import read_model
+
         self.model = read_model(Path(context.artifacts["weights"]))
 
     def predict(self, context, model_input, params=None):  # no type hints: MLflow takes them for a schema
         """Probabilities float32 (N, 10) of images uint8 (N, 28, 28), N ≥ 1."""
+        import torch
+
+        from stages.lenet import predict
+
         images = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.uint8))
         return predict(self.model, images, BATCH_SIZE).softmax(1).numpy()
 

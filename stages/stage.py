@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import os
@@ -65,6 +66,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
+    gc.freeze()
+    gc.enable()
     succeeded = False
     try:
         main()

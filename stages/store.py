@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import importlib.metadata
 import json
 import logging
@@ -26,8 +27,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the run that is meant
 
+# What is imported stays. To look through it for garbage, again and again and once more at exit, would take a second.
+gc.disable()
 import mlflow
 import mlflow.pyfunc
+import mlflow.store.tracking.sqlalchemy_store  # MLflow would import it later, when a stage waits for it
 import numpy as np
 import psutil
 from filelock import FileLock
@@ -37,6 +41,9 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from stages.pipeline import Pipeline, Record, flatten, md5
+
+gc.enable()
+gc.freeze()
 
 EXPERIMENT = "fashion-mnist-lenet"
 DESCRIPTION = "LeNet on Fashion-MNIST. Compare the `train` runs; `evaluate` runs are their children."

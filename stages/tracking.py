@@ -8,6 +8,7 @@ No stage names this module or the recorder in its deps. That is sound because no
 """
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -23,21 +24,26 @@ from stages.stage import StageError
 END_SECONDS = 60  # how long a stage that is done waits for its recorder
 
 
+@functools.cache
+def start_recorder() -> subprocess.Popen[bytes]:
+    """Start the recorder of this process, once: its imports take as long as PyTorch's, so do both at once."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.recorder"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,  # keeps Ctrl-C, which goes to the whole foreground, from the recorder
+    )
+
+
 class Run:
     """The MLflow run of a stage that is at work. Its methods do not wait for MLflow."""
 
     def __init__(self, stage: str) -> None:
-        """Start the recorder. Raises StageError where tracking is strict and the store cannot be used."""
+        """Begin the run. Raises StageError where tracking is strict and the store cannot be used."""
         self._strict = os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false")
         self._lost = False
-        # A session of its own keeps Ctrl-C, which goes to the whole foreground, from the recorder.
-        self._recorder = subprocess.Popen(
-            [sys.executable, "-m", "stages.recorder"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parent.parent,
-            start_new_session=True,
-        )
+        self._recorder = start_recorder()
         assert self._recorder.stdin
         assert self._recorder.stdout
         self._events = self._recorder.stdin

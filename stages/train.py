@@ -5,21 +5,28 @@ python -m stages.train data/fashion-mnist/train.safetensors --model models/lenet
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from stages import stage, tracking
+
+if __name__ == "__main__":
+    gc.disable()  # what is imported stays: nothing of it is garbage
+    tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages import stage, tracking
 from stages.dataset import Dataset, read_dataset
 from stages.device import set_up_device
 from stages.lenet import LeNet, predict, write_model
 from stages.params import Train, read_params
 from stages.stage import StageError, write_csv, write_json
+from stages.training_step import Step
 
 VALIDATION_BATCH_SIZE = 1000
 
@@ -65,7 +72,9 @@ def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.R
         model.init_xavier()
     model = model.to(memory_format=torch.channels_last).to(device)
     images, labels = images.to(device), labels.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=params.lr, fused=True)
+    step = Step(model, images, labels)
+    if device.type == "cuda":
+        step.use_cuda_graph(params.batch_size)
 
     steps = -(-len(training) // params.batch_size)  # an epoch's
     history = []
@@ -73,9 +82,9 @@ def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.R
         start = time.perf_counter()
         # The order depends on (seed, epoch) alone, not on what ran before.
         order = training[np.random.default_rng((params.seed, epoch)).permutation(len(training))].to(device)
-        lrs = [lr_at(step, params.epochs * steps, params) for step in range((epoch - 1) * steps, epoch * steps)]
+        lrs = [lr_at(number, params.epochs * steps, params) for number in range((epoch - 1) * steps, epoch * steps)]
         batches = order.split(params.batch_size)
-        metrics = {"epoch": epoch, "lr": lrs[-1]} | train_epoch(model, optimizer, images, labels, batches, lrs)
+        metrics = {"epoch": epoch, "lr": lrs[-1]} | train_epoch(step, batches, lrs)
         if not np.isfinite(metrics["train_loss"]):
             found = metrics["train_loss"]
             raise StageError(
@@ -91,33 +100,18 @@ def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.R
     return model, history
 
 
-def train_epoch(
-    model: LeNet,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    batches: Sequence[Tensor],
-    lrs: Sequence[float],
-) -> dict[str, float]:
+def train_epoch(step: Step, batches: Sequence[Tensor], lrs: Sequence[float]) -> dict[str, float]:
     """Take a step for each batch, at its learning rate; return the mean loss and accuracy on the way.
 
-    images uint8 (N, 28, 28), labels int64 (N,), batches of indices int64 (B,), the last may be shorter.
+    Batches are indices int64 (B,); the last may be shorter.
     """
-    model.train()
-    loss_sum = torch.zeros((), device=images.device)
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    step.model.train()
+    step.loss_sum.zero_()
+    step.correct.zero_()
     for batch, lr in zip(batches, lrs, strict=True):
-        logits, targets = model(images[batch]), labels[batch]
-        loss = F.cross_entropy(logits, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        loss_sum += loss.detach() * len(batch)
-        correct += (logits.detach().argmax(1) == targets).sum()
+        step(batch, lr)
     seen = sum(len(batch) for batch in batches)
-    return {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
+    return {"train_loss": step.loss_sum.item() / seen, "train_accuracy": step.correct.item() / seen}
 
 
 def validate(model: LeNet, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -1,0 +1,87 @@
+"""What people would write without DVC and MLflow: LeNet on Fashion-MNIST in plain PyTorch, tested after each epoch.
+
+    python benchmarks/plain.py DIR
+
+DIR/FashionMNIST/raw holds torchvision's copy of the data; what is missing there is downloaded. Prints a line of JSON
+after each epoch. The reference of benchmarks/run.py; nothing else of the project is used here.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+
+class LeNet(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 6, kernel_size=5),
+            nn.Sigmoid(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, kernel_size=5),
+            nn.Sigmoid(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 120),
+            nn.Sigmoid(),
+            nn.Linear(120, 84),
+            nn.Sigmoid(),
+            nn.Linear(84, 10),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="folder of the data")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of each DataLoader")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    sets = [datasets.FashionMNIST(args.data, train, transforms.ToTensor(), download=True) for train in (True, False)]
+    training, test = (
+        DataLoader(dataset, batch_size=64, shuffle=shuffle, num_workers=args.workers, pin_memory=args.device == "cuda")
+        for dataset, shuffle in zip(sets, (True, False), strict=True)
+    )
+    model = LeNet().to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    loss_function = nn.CrossEntropyLoss()
+
+    for epoch in range(1, args.epochs + 1):
+        start = time.perf_counter()
+        model.train()
+        for images, labels in training:
+            images, labels = images.to(args.device), labels.to(args.device)
+            optimizer.zero_grad()
+            loss_function(model(images), labels).backward()
+            optimizer.step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        trained = time.perf_counter()
+        model.eval()
+        correct = 0
+        with torch.no_grad():
+            for images, labels in test:
+                predicted = model(images.to(args.device)).argmax(1)
+                correct += (predicted == labels.to(args.device)).sum().item()
+        line = {
+            "epoch": epoch,
+            "train_seconds": trained - start,
+            "epoch_seconds": time.perf_counter() - start,
+            "test_accuracy": correct / len(sets[1]),
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # on Linux, in KiB
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A step of training: plain PyTorch, and on a GPU the same as a CUDA graph."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.lenet import LeNet
+
+WARM_UP_STEPS = 3  # before a capture, as https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs has it
+
+
+class Step:
+    """A step of Adam on a batch; adds up the loss and the hits on the way."""
+
+    def __init__(self, model: LeNet, images: Tensor, labels: Tensor) -> None:
+        """Train `model` on images uint8 (N, 28, 28) with labels int64 (N,), on the device where all of them are."""
+        self.model, self.images, self.labels = model, images, labels
+        device = images.device
+        # A tensor, so that a CUDA graph can read it: float32 there, float64 on CPU, as if it were a Python number.
+        self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
+        self.optimizer = torch.optim.Adam(model.parameters(), self.lr, fused=True, capturable=device.type == "cuda")
+        self.loss_sum = torch.zeros((), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._batch = torch.zeros(0, dtype=torch.int64, device=device)  # what the graph, where there is one, reads
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, batch: Tensor, lr: float) -> None:
+        """Learn from the images at the indices int64 (B,), at this learning rate."""
+        self.lr.fill_(lr)
+        if self._replay and len(batch) == len(self._batch):
+            self._batch.copy_(batch)
+            self._replay()
+        else:
+            self._run(batch)
+
+    def _run(self, batch: Tensor) -> None:
+        logits, targets = self.model(self.images[batch]), self.labels[batch]
+        loss = F.cross_entropy(logits, targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss_sum += loss.detach() * len(batch)
+        self.correct += (logits.detach().argmax(1) == targets).sum()
+
+    def use_cuda_graph(self, batch_size: int) -> None:
+        """From now on, launch a step on `batch_size` images as one CUDA graph instead of some hundred kernels.
+
+        Where the capture fails, warns and leaves all as it was: the same steps are then launched one by one.
+        """
+        tensors = [*self.model.state_dict().values(), self.loss_sum, self.correct]
+        before = [tensor.clone() for tensor in tensors]
+        self._batch = self._batch.new_zeros(batch_size)
+        try:
+            self._replay = self._capture()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"warning: no CUDA graph ({reason}); training goes on without, more slowly", file=sys.stderr)
+        # Warming up was learning, too: forget it. Adam's state begins as zeros.
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
+    def _capture(self) -> Callable[[], None]:
+        """Run the step some times, so that libraries set themselves up, and capture it. Raises RuntimeError."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self._run(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad()  # so that the graph makes the gradients, in memory of its own
+        with torch.cuda.graph(graph):
+            self._run(self._batch)
+        return graph.replay
