@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 
 from stages.lenet import LeNet
 
@@ -13,7 +14,11 @@ WARM_UP_STEPS = 3  # before a capture, as https://docs.pytorch.org/docs/stable/n
 
 
 class Step:
-    """A step of Adam on a batch; adds up the loss and the hits on the way."""
+    """A step of Adam on a batch; adds up the loss and the hits on the way.
+
+    Adam is PyTorch's functional form, with the class's defaults: building a torch.optim.Optimizer imports
+    torch._dynamo, which takes a second, and its bookkeeping is 8 % of a step this small.
+    """
 
     def __init__(self, model: LeNet, images: Tensor, labels: Tensor) -> None:
         """Train `model` on images uint8 (N, 28, 28) with labels int64 (N,), on the device where all of them are."""
@@ -21,7 +26,10 @@ class Step:
         device = images.device
         # A tensor, so that a CUDA graph can read it: float32 there, float64 on CPU, as if it were a Python number.
         self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
-        self.optimizer = torch.optim.Adam(model.parameters(), self.lr, fused=True, capturable=device.type == "cuda")
+        self.params: list[Tensor] = list(model.parameters())
+        self.exp_avgs = [torch.zeros_like(param) for param in self.params]  # Adam's mean of the gradient
+        self.exp_avg_sqs = [torch.zeros_like(param) for param in self.params]  # ... and of its square
+        self.steps = [torch.zeros((), device=device) for _ in self.params]
         self.loss_sum = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self._batch = torch.zeros(0, dtype=torch.int64, device=device)  # what the graph, where there is one, reads
@@ -39,31 +47,49 @@ class Step:
     def _run(self, batch: Tensor) -> None:
         logits, targets = self.model(self.images[batch]), self.labels[batch]
         loss = F.cross_entropy(logits, targets)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        self._adam()
         self.loss_sum += loss.detach() * len(batch)
         self.correct += (logits.detach().argmax(1) == targets).sum()
+
+    @torch.no_grad()
+    def _adam(self) -> None:
+        """Kingma and Ba 2015, https://arxiv.org/abs/1412.6980."""
+        adam(
+            self.params,
+            [param.grad for param in self.params if param.grad is not None],
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            [],
+            self.steps,
+            fused=True,
+            capturable=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
     def use_cuda_graph(self, batch_size: int) -> None:
         """From now on, launch a step on `batch_size` images as one CUDA graph instead of some hundred kernels.
 
         Where the capture fails, warns and leaves all as it was: the same steps are then launched one by one.
         """
-        tensors = [*self.model.state_dict().values(), self.loss_sum, self.correct]
-        before = [tensor.clone() for tensor in tensors]
+        state = [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.steps, self.loss_sum, self.correct]
+        before = [tensor.detach().clone() for tensor in state]
         self._batch = self._batch.new_zeros(batch_size)
         try:
             self._replay = self._capture()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             print(f"warning: no CUDA graph ({reason}); training goes on without, more slowly", file=sys.stderr)
-        # Warming up was learning, too: forget it. Adam's state begins as zeros.
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
+        with torch.no_grad():  # warming up was learning, too: forget it
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
 
     def _capture(self) -> Callable[[], None]:
         """Run the step some times, so that libraries set themselves up, and capture it. Raises RuntimeError."""
@@ -74,7 +100,7 @@ class Step:
             for _ in range(WARM_UP_STEPS):
                 self._run(self._batch)
         torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad()  # so that the graph makes the gradients, in memory of its own
+        self.model.zero_grad()  # so that the graph makes the gradients, in memory of its own
         with torch.cuda.graph(graph):
             self._run(self._batch)
         return graph.replay

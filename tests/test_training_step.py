@@ -50,12 +50,17 @@ def test_without_a_gpu_the_capture_fails_with_a_warning_and_changes_nothing(
 def test_the_steps_before_a_capture_are_forgotten_and_each_batch_is_what_is_replayed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replays = []
+    replays: list[Tensor] = []
 
     def capture(self: Step) -> Callable[[], None]:
         for _ in range(WARM_UP_STEPS):
             self._run(self._batch)
-        return lambda: replays.append(self._run(self._batch))
+
+        def replay() -> None:
+            replays.append(self._batch.clone())
+            self._run(self._batch)
+
+        return replay
 
     plain = learn(torch.device("cpu"), graph=False)
     monkeypatch.setattr(Step, "_capture", capture)
