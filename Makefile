@@ -6,7 +6,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 STORE := sqlite:///mlflow.db
 
-.PHONY: help repro test ui sync audit lint format lock
+.PHONY: help repro test bench ui sync audit lint format lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -18,6 +18,10 @@ repro: .venv/installed  ## run what a change affects, then show the metrics
 
 test: .venv/installed  ## run the tests
 	@pytest tests/
+
+bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else at work
+	@dvc repro fetch
+	@python -m benchmarks.run
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT=5001 for another port)
 	@mlflow server --backend-store-uri $(STORE) --host 127.0.0.1 --port $(MLFLOW_PORT)

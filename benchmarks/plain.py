@@ -59,14 +59,18 @@ def main() -> None:
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
         model.train()
+        loss_sum, correct = 0.0, 0
         for images, labels in training:
             images, labels = images.to(args.device), labels.to(args.device)
             optimizer.zero_grad()
-            loss_function(model(images), labels).backward()
+            logits = model(images)
+            loss = loss_function(logits, labels)
+            loss.backward()
             optimizer.step()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+            loss_sum += loss.item() * len(labels)
+            correct += (logits.argmax(1) == labels).sum().item()
         trained = time.perf_counter()
+        train_metrics = {"train_loss": loss_sum / len(sets[0]), "train_accuracy": correct / len(sets[0])}
         model.eval()
         correct = 0
         with torch.no_grad():
@@ -75,6 +79,7 @@ def main() -> None:
                 correct += (predicted == labels.to(args.device)).sum().item()
         line = {
             "epoch": epoch,
+            **train_metrics,
             "train_seconds": trained - start,
             "epoch_seconds": time.perf_counter() - start,
             "test_accuracy": correct / len(sets[1]),

@@ -1,0 +1,364 @@
+"""Measure the pipeline against the plain PyTorch program, side by side: python -m benchmarks.run, or make bench.
+
+Prints a table and writes it to benchmarks/RESULTS.md, above the notes that stand there. Takes some 20 minutes; let
+nothing else run. What is compared is run in turn, A B A B …, so that a machine that speeds up or slows down does so
+for both.
+"""
+
+import gzip
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import torch
+from dvc.utils.serialize import load_yaml, modify_yaml
+from mlflow.entities import Metric, Param
+from tqdm import tqdm
+
+from stages.dataset import Dataset, read_dataset, write_dataset
+from stages.pipeline import Pipeline
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+NOTES = "\n## Notes\n"  # in RESULTS.md, all from here on is written by hand
+ACCURACY = 0.8786  # what the plain program's own recipe reaches where it is lucky
+DATA = {part: f"data/fashion-mnist/{part}.safetensors" for part in ("train", "test")}
+RUNS = 2000
+
+NO_TRACKING = """
+import contextlib
+
+class Run:
+    def set_tag(self, key, value): pass
+    def log_metrics(self, metrics, step): pass
+
+def start_recorder(): pass
+
+@contextlib.contextmanager
+def run(stage):
+    yield Run()
+"""
+
+
+@dataclass
+class Row:
+    """A line of the table: a ratio of medians."""
+
+    what: str
+    target: str
+    ratio: float
+    ours: Sequence[float]
+    theirs: Sequence[float]
+    unit: str
+
+    def line(self) -> str:
+        limit = float(re.findall(r"[\d.]+", self.target)[0])
+        met = self.ratio >= limit if self.target.startswith("≥") else self.ratio <= limit
+        if self.target.startswith("±"):
+            met = abs(self.ratio - 1) <= limit / 100
+        mark = "" if met else " (missed)"
+        cells = [
+            self.what,
+            f"**{self.ratio:.2f}**{mark}",
+            self.target,
+            spread(self.ours),
+            spread(self.theirs),
+            self.unit,
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def spread(values: Sequence[float]) -> str:
+    digits = 0 if min(values) >= 100 else 2
+    low, middle, high = (f"{value:,.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} to {high}; n {len(values)})" if len(values) > 1 else f"{middle} (n 1)"
+
+
+class Bench:
+    """Copies of the project in `folder`, and the commands that are timed in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = folder / "source"  # gzip files, as fetch reads them
+        self.raw = folder / "torchvision" / "FashionMNIST" / "raw"  # unpacked, as torchvision keeps them
+        self.copies = 0
+        self.write_sources()
+
+    def write_sources(self) -> None:
+        """Write the data set as both programs read it from a local disk."""
+        self.source.mkdir()
+        self.raw.mkdir(parents=True)
+        for part, prefix in (("train", "train"), ("test", "t10k")):
+            dataset = read_dataset(ROOT / DATA[part])
+            for array, name in ((dataset.images, "images-idx3-ubyte"), (dataset.labels, "labels-idx1-ubyte")):
+                header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+                content = header + array.tobytes()
+                (self.raw / f"{prefix}-{name}").write_bytes(content)
+                (self.source / f"{prefix}-{name}.gz").write_bytes(gzip.compress(content, 6, mtime=0))
+
+    def copy(self, tracking: bool = True, **params: Any) -> Path:
+        """A fresh clone of the project as it is now, with these params of train changed."""
+        self.copies += 1
+        folder = self.folder / f"copy{self.copies}"
+        for name in run(["git", "ls-files", "-z"], ROOT).split("\0")[:-1]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+        if not tracking:
+            (folder / "stages" / "tracking.py").write_text(NO_TRACKING)
+        with modify_yaml(folder / "params.yaml") as values:
+            values["train"] |= params
+        run(["git", "init", "-q"], folder)
+        run(["git", "add", "--all"], folder)
+        run(["git", "-c", "user.name=bench", "-c", "user.email=bench@example.org", "commit", "-qm", "bench"], folder)
+        return folder
+
+    def time(self, command: Sequence[str], folder: Path) -> float:
+        """Wall seconds of a command."""
+        start = time.perf_counter()
+        run(command, folder, FASHION_MNIST_DIR=str(self.source))
+        return time.perf_counter() - start
+
+    def plain(self, device: str) -> tuple[float, list[dict[str, float]]]:
+        """Wall seconds of the plain program, and what it prints of each epoch."""
+        start = time.perf_counter()
+        program = [sys.executable, "benchmarks/plain.py", str(self.raw.parent.parent), "--device", device]
+        lines = run(program, ROOT).splitlines()
+        return time.perf_counter() - start, [json.loads(line) for line in lines]
+
+    def train(self, data: Path | None = None, **params: Any) -> tuple[list[float], float, float]:
+        """Train without tracking: images/s of each epoch, peak memory in MiB, test accuracy."""
+        folder = self.copy(tracking=False, **params)
+        stages = Pipeline(folder).stages
+        for part in DATA:
+            (folder / DATA[part]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / DATA[part]).symlink_to(ROOT / DATA[part])
+        command = [sys.executable, *stages["train"]["cmd"].split()[1:]]
+        if data:
+            command[3] = str(data)
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{command} failed")
+        run([sys.executable, *stages["evaluate"]["cmd"].split()[1:]], folder)
+        accuracy = json.loads((folder / "metrics/evaluate.json").read_text())["test_accuracy"]
+        rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s", output)]
+        shutil.rmtree(folder)
+        return rates, usage.ru_maxrss / 1024, accuracy
+
+
+def run(command: Sequence[str], folder: Path, **env: str) -> str:
+    """Output of a command that must succeed, in an environment without settings of this project."""
+    clean = {key: value for key, value in os.environ.items() if not re.match("MLFLOW_|DVC_|FASHION_|GIT_", key)}
+    clean |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true", **env}
+    result = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{command} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(ours) / statistics.median(theirs)
+
+
+def measure_cold(bench: Bench) -> list[Row]:
+    """The plain program, the cold pipeline with and without tracking, and the loops alone."""
+    plain_wall, plain_loop, plain_rate, plain_peak = [], [], [], []
+    cold, untracked, rates, peaks = [], [], [], []
+    for _ in tqdm(range(3), "plain, cold, loop"):
+        seconds, epochs = bench.plain("cpu")
+        plain_wall.append(seconds)
+        plain_loop.append(sum(epoch["epoch_seconds"] for epoch in epochs))
+        plain_rate.append(5 * 60_000 / plain_loop[-1])
+        plain_peak.append(epochs[-1]["peak_mib"])
+        for _ in range(3):
+            cold.append(bench.time(["dvc", "repro"], bench.copy()))
+            untracked.append(bench.time(["dvc", "repro"], bench.copy(tracking=False)))
+        loop, peak, _ = bench.train(validation_size=0)
+        rates.append(statistics.harmonic_mean(loop))
+        peaks.append(peak)
+    reached, accurate = measure_accuracy(bench)
+    name = f"loop until {ACCURACY} test accuracy ({reached} epochs, seeds 0 to 2), against plain's 5 epochs"
+    return [
+        Row("train's loop, 60,000 images, 5 epochs, against plain's", "≥ 4.5", ratio(rates, plain_rate), rates,
+            plain_rate, "images/s"),
+        Row("cold `dvc repro`, against plain's process", "≤ 0.40", ratio(cold, plain_wall), cold, plain_wall, "s"),
+        Row("cold `dvc repro`, against the same without tracking", "≤ 1.10", ratio(cold, untracked), cold, untracked,
+            "s"),
+        Row(name, "≤ 0.25", ratio(accurate, plain_loop), accurate, plain_loop, "s"),
+        Row("peak memory of train, against plain's main process", "≤ 1.0", ratio(peaks, plain_peak), peaks,
+            plain_peak, "MiB"),
+        measure_evaluate(bench, cold),
+    ]  # fmt: skip
+
+
+def measure_accuracy(bench: Bench) -> tuple[int, list[float]]:
+    """The fewest epochs in which three seeds reach ACCURACY, and the seconds of their loops."""
+    for epochs in range(1, 6):
+        trained = [bench.train(epochs=epochs, seed=seed) for seed in range(3)]
+        if all(accuracy >= ACCURACY for _, _, accuracy in trained):
+            break
+    else:
+        raise SystemExit(f"the default recipe does not reach {ACCURACY} in 5 epochs")
+    return epochs, [sum(59_000 / rate for rate in rates) for rates, _, _ in trained]
+
+
+def measure_evaluate(bench: Bench, cold: Sequence[float]) -> Row:
+    folder = bench.copy()
+    bench.time(["dvc", "repro"], folder)
+    seconds = []
+    for size in tqdm(range(501, 506), "evaluate only"):
+        with modify_yaml(folder / "params.yaml") as values:
+            values["evaluate"]["batch_size"] = size
+        seconds.append(bench.time(["dvc", "repro"], folder))
+    name = "`dvc repro` after a change of an evaluate param, against cold"
+    return Row(name, "≤ 0.25", ratio(seconds, cold), seconds, cold, "s")
+
+
+def measure_nothing(bench: Bench) -> Row:
+    """`dvc repro` with nothing to do, here and in a project of one empty stage."""
+    empty = bench.folder / "empty"
+    empty.mkdir()
+    (empty / "dvc.yaml").write_text("stages:\n  nothing:\n    cmd: 'true'\n    deps: [dep]\n")
+    (empty / "dep").write_text("")
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "config", "core.analytics", "false"]):
+        run(command, empty)
+    folder = bench.copy()
+    ours, theirs = [], []
+    for _ in tqdm(range(11), "nothing to do"):
+        ours.append(bench.time(["dvc", "repro"], folder))
+        theirs.append(bench.time(["dvc", "repro"], empty))
+    name = "`dvc repro` with nothing to do, against that of a project of one empty stage"
+    return Row(name, "≤ 1.15", ratio(ours[1:], theirs[1:]), ours[1:], theirs[1:], "s")
+
+
+def measure_scaling(bench: Bench) -> list[Row]:
+    """Time per epoch of longer trainings, and time per image of larger sets."""
+    whole = read_dataset(ROOT / DATA["train"])
+    tenth = bench.folder / "tenth.safetensors"
+    write_dataset(tenth, Dataset(whole.images[:6000], whole.labels[:6000], whole.classes))
+    seconds: dict[int, list[float]] = {5: [], 50: []}
+    images: dict[int, list[float]] = {6_000: [], 60_000: []}
+    for _ in tqdm(range(5), "scaling"):
+        for epochs in seconds:
+            rates, _, _ = bench.train(tenth, epochs=epochs, validation_size=0)
+            seconds[epochs].append(1000 * sum(6_000 / rate for rate in rates) / epochs)
+        for size, data in ((6_000, tenth), (60_000, ROOT / DATA["train"])):
+            rates, _, _ = bench.train(data, epochs=50 * 1200 // size, validation_size=0)
+            images[size].append(1e6 / statistics.harmonic_mean(rates))
+    return [
+        Row("time per epoch (6,000 images), 50 epochs against 5", "± 10 %", ratio(seconds[50], seconds[5]),
+            seconds[50], seconds[5], "ms"),
+        Row("time per image, 60,000 images against 6,000", "± 10 %", ratio(images[60_000], images[6_000]),
+            images[60_000], images[6_000], "µs"),
+    ]  # fmt: skip
+
+
+def measure_store(bench: Bench) -> Row:
+    """What the recorder of an evaluate run takes, in a store of its own and in one of 2,000 more runs."""
+    folder = bench.copy(epochs=1)
+    bench.time(["dvc", "repro"], folder)
+    few, many = folder / "mlflow.db", folder / "many.db"
+    shutil.copyfile(few, many)
+    fill(f"sqlite:///{many}")
+    params = load_yaml(folder / "params.yaml")
+    start = {"event": "start", "stage": "evaluate", "folder": str(folder), "params": params, "time": 0, "pid": 0}
+    events = "".join(
+        json.dumps(event) + "\n"
+        for event in (
+            {**start, "time": int(time.time() * 1000), "pid": os.getpid()},
+            {"event": "end", "status": "FINISHED"},
+        )
+    )
+    seconds: dict[Path, list[float]] = {few: [], many: []}
+    for _ in tqdm(range(8), "2,000 runs"):
+        for store, values in seconds.items():
+            began = time.perf_counter()
+            env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
+            command = [sys.executable, "-m", "stages.recorder"]
+            subprocess.run(command, cwd=folder, input=events, text=True, env=env, check=True, capture_output=True)
+            values.append(time.perf_counter() - began)
+    name = f"tracking of a stage, {RUNS:,} runs in the SQLite store, against 3"
+    return Row(name, "≤ 1.2", ratio(seconds[many][1:], seconds[few][1:]), seconds[many][1:], seconds[few][1:], "s")
+
+
+def fill(uri: str) -> None:
+    """Add runs like those that are there, of other fingerprints."""
+    client = mlflow.MlflowClient(uri)
+    (experiment,) = [one for one in client.search_experiments() if one.experiment_id != "0"]
+    models = client.search_runs([experiment.experiment_id])
+    for number in tqdm(range(RUNS), "fill"):
+        model = models[number % len(models)]
+        tags = {**model.data.tags, "dvc.fingerprint": f"{number:064d}"}
+        run_id = client.create_run(experiment.experiment_id, tags=tags).info.run_id
+        params = [Param(key, value) for key, value in model.data.params.items()]
+        metrics = [Metric(key, value, 0, step) for key, value in model.data.metrics.items() for step in range(1, 6)]
+        client.log_batch(run_id, metrics=metrics, params=params)
+        client.set_terminated(run_id)
+
+
+def measure_gpu(bench: Bench) -> Row:
+    """The loops on the GPU; the first epoch has the warm-up, and counts on neither side."""
+    ours, theirs = [], []
+    for _ in tqdm(range(3), "GPU"):
+        _, epochs = bench.plain("cuda")
+        theirs.append(60_000 / statistics.mean(epoch["epoch_seconds"] for epoch in epochs[1:]))
+        rates, _, _ = bench.train(validation_size=0, device="cuda")
+        ours.append(statistics.harmonic_mean(rates[1:]))
+    return Row("train's loop on the GPU, against plain's", "≥ 8", ratio(ours, theirs), ours, theirs, "images/s")
+
+
+def machine() -> str:
+    """The hardware and the versions, in one line."""
+    model = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    packages = ("torch", "torchvision", "dvc", "mlflow")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return (
+        f"{model}, {os.cpu_count()} CPUs, {memory:.0f} GiB, {gpu}; "
+        f"Linux {platform.release()}, Python {platform.python_version()}, {versions}; train.threads 2."
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name))
+        rows = [*measure_cold(bench), measure_nothing(bench), *measure_scaling(bench), measure_store(bench)]
+        if torch.cuda.is_available():
+            rows.append(measure_gpu(bench))
+    table = "\n".join(
+        [
+            "# Benchmarks",
+            "",
+            "`make bench` wrote this table. A ratio is one of medians; in brackets the least and the largest value.",
+            "",
+            machine(),
+            "",
+            "| what | ratio | target | this project | against | unit |",
+            "|---|---|---|---|---|---|",
+            *(row.line() for row in rows),
+            "",
+        ]
+    )
+    print(table)
+    notes = RESULTS.read_text(encoding="utf-8").partition(NOTES)[2] if RESULTS.exists() else ""
+    RESULTS.write_text(table + NOTES + notes, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
