@@ -50,7 +50,7 @@ lock: .venv/installed  ## compile requirements.in into requirements.txt, with ne
 .venv/installed: requirements.txt
 	@command -v git >/dev/null || { echo "error: expected git, found none; install it (Debian: apt-get install git)" >&2; exit 1; }
 	@command -v $(PYTHON) >/dev/null || { echo "error: expected $(PYTHON), found none; install Python 3.11 to 3.13, or name yours: make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: expected Python 3.11 to 3.13, found $$($(PYTHON) -V 2>&1); install one and name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: expected Python 3.11 to 3.13, found $$($(PYTHON) -V 2>&1); install one and name it: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: expected Python's venv module, found none; install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "Installing requirements.txt into .venv: some 6 GB with PyTorch's CUDA libraries"
 	@$(PYTHON) -m venv .venv

@@ -82,7 +82,7 @@ def audit_store(store: "Store") -> Iterator[str]:
 
 def audit_run(store: "Store", record: Record, run: "Run") -> Iterator[str]:
     """Yield where the content of a run differs from dvc.lock or from the files."""
-    from stages.store import HEADLINE, one, param_values
+    from stages.store import HEADLINE, artifact_path, one, param_values
 
     yield from differences("MLflow", "dvc.lock", run.data.params, param_values(record))
     datasets = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs} if run.inputs else {}
@@ -116,7 +116,8 @@ def audit_run(store: "Store", record: Record, run: "Run") -> Iterator[str]:
                 headline = {key: expected[key] for key in HEADLINE}
                 yield from differences("MLflow's train run", "the metrics files", shown, headline)
     for path in record.outs:
-        if path.endswith((".json", ".csv")) and store.artifact_md5(run, Path(path).name) != record.outs[path]:
+        artifact = artifact_path(path)
+        if artifact and store.artifact_md5(run, artifact) != record.outs[path]:
             yield f"{path}: MLflow's artifact is not the file of dvc.lock"
 
 

@@ -1,11 +1,13 @@
 """Evaluate the model on every test image, once.
 
 python -m stages.evaluate data/fashion-mnist/test.safetensors models/lenet.safetensors
---metrics metrics/evaluate.json --per-class metrics/per_class.csv --predictions metrics/predictions.csv
+--metrics metrics/evaluate.json --per-class metrics/per_class.csv --predictions metrics/predictions.parquet
+--plots metrics/plots
 """
 
 import argparse
 import gc
+import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,14 +20,19 @@ if __name__ == "__main__":
     tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from stages.dataset import read_dataset
 from stages.device import set_up_device
+from stages.evaluation_figures import plot_confusion, plot_mistakes, plot_per_class, plot_reliability
+from stages.figure import write_png
 from stages.lenet import predict, read_model
 from stages.params import read_params
-from stages.stage import write_csv, write_json
+from stages.stage import write, write_csv, write_json
+
+ECE_BINS = 15  # as in the source
 
 
 def main() -> None:
@@ -34,7 +41,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="weights (safetensors)")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics to write (JSON)")
     parser.add_argument("--per-class", type=Path, required=True, help="metrics of each class to write (CSV)")
-    parser.add_argument("--predictions", type=Path, required=True, help="class names of each image to write (CSV)")
+    parser.add_argument("--predictions", type=Path, required=True, help="of each image, to write (Parquet)")
+    parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
 
@@ -44,15 +52,19 @@ def main() -> None:
         dataset, model = read_dataset(args.dataset), read_model(args.model)
         images = torch.from_numpy(dataset.images).to(device)
         logits = predict(model.to(device), images, params.evaluate.batch_size).cpu()
-        predicted = logits.argmax(1).numpy()
-        losses = F.cross_entropy(logits, torch.from_numpy(dataset.labels).long(), reduction="none")
+        labels, predicted, probabilities = dataset.labels, logits.argmax(1).numpy(), logits.softmax(1).numpy()
+        losses = F.cross_entropy(logits, torch.from_numpy(labels).long(), reduction="none")
+        rows, bins = score_classes(labels, predicted, model.classes), bin_confidence(labels, probabilities)
 
-        scores = {"test_loss": losses.double().mean().item(), **score(dataset.labels, predicted)}
+        scores = {"test_loss": losses.double().mean().item(), **score(labels, predicted), "test_ece": ece(bins)}
         write_json(args.metrics, scores)
-        write_csv(args.per_class, score_classes(dataset.labels, predicted, model.classes))
-        pairs = zip(dataset.labels, predicted, strict=True)
-        write_csv(args.predictions, [{"actual": model.classes[a], "predicted": model.classes[p]} for a, p in pairs])
-        print(f"test accuracy {scores['test_accuracy']:.4f} on {len(dataset.labels):,} images")
+        write_csv(args.per_class, rows)
+        write_predictions(args.predictions, labels, predicted, probabilities, model.classes)
+        write_png(args.plots / "confusion.png", plot_confusion(labels, predicted, model.classes))
+        write_png(args.plots / "per_class.png", plot_per_class(rows))
+        write_png(args.plots / "reliability.png", plot_reliability(bins, scores["test_ece"]))
+        write_png(args.plots / "mistakes.png", plot_mistakes(dataset.images, labels, probabilities, model.classes))
+        print(f"test accuracy {scores['test_accuracy']:.4f} on {len(labels):,} images")
 
 
 def score(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -60,8 +72,8 @@ def score(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     f1 = [row["f1"] for row in score_classes(labels, predicted, range(10))]
     return {
         "test_accuracy": float((labels == predicted).mean()),
-        "test_macro_f1": math.fsum(f1) / len(f1),
-    }  # sum() rounds otherwise from Python 3.12 on
+        "test_macro_f1": math.fsum(f1) / len(f1),  # sum() rounds otherwise from Python 3.12 on
+    }
 
 
 def score_classes(labels: np.ndarray, predicted: np.ndarray, classes: Iterable[object]) -> list[dict[str, Any]]:
@@ -77,6 +89,44 @@ def score_classes(labels: np.ndarray, predicted: np.ndarray, classes: Iterable[o
         f1 = 2 * hits / max(actuals + guesses, 1)
         rows.append({"class": name, "precision": precision, "recall": recall, "f1": f1})
     return rows
+
+
+def bin_confidence(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, float]]:
+    """Images, accuracy and mean confidence in ECE_BINS equal bins of confidence; labels (N,), probabilities (N, C).
+
+    Confidence is the probability of the predicted class. An empty bin has accuracy and confidence 0.
+    """
+    confidences, hits = probabilities.max(1).astype(np.float64), probabilities.argmax(1) == labels
+    places = np.minimum((confidences * ECE_BINS).astype(int), ECE_BINS - 1)
+    rows = []
+    for number in range(ECE_BINS):
+        inside = places == number
+        images = int(inside.sum())
+        accuracy, confidence = int(hits[inside].sum()) / max(images, 1), math.fsum(confidences[inside]) / max(images, 1)
+        rows.append({"images": images, "accuracy": accuracy, "confidence": confidence})
+    return rows
+
+
+def ece(bins: list[dict[str, float]]) -> float:
+    """Expected calibration error, 0..1: how far confidence is from accuracy, on the mean of all images.
+
+    Source: Guo et al. 2017, https://arxiv.org/abs/1706.04599.
+    """
+    total = sum(row["images"] for row in bins)
+    return math.fsum(row["images"] / total * abs(row["accuracy"] - row["confidence"]) for row in bins)
+
+
+def write_predictions(
+    path: Path, labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, classes: Iterable[str]
+) -> None:
+    """Write a table of a row an image: index, label and predicted 0..9, and a column of probabilities a class.
+
+    Raises StageError where it cannot be written.
+    """
+    table = pd.DataFrame({"index": np.arange(len(labels)), "label": labels, "predicted": predicted.astype(np.uint8)})
+    content = io.BytesIO()
+    table.join(pd.DataFrame(probabilities, columns=list(classes))).to_parquet(content, index=False)
+    write(path, content.getvalue())
 
 
 if __name__ == "__main__":

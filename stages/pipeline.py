@@ -42,8 +42,8 @@ class Pipeline:
         return self.stages[stage]["deps"]
 
     def outs(self, stage: str) -> list[str]:
-        """Paths of all outs, metrics files among them."""
-        entries = self.stages[stage].get("outs", []) + self.stages[stage].get("metrics", [])
+        """Paths of all outs, metrics files and plots among them."""
+        entries = [entry for kind in ("outs", "metrics", "plots") for entry in self.stages[stage].get(kind, [])]
         return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
 
     def upstream(self, stage: str) -> set[str]:

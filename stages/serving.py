@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 BATCH_SIZE = 1000
@@ -19,13 +20,16 @@ class ServedLeNet(PythonModel):
         self.model = read_model(Path(context.artifacts["weights"]))
 
     def predict(self, context, model_input, params=None):  # no type hints: MLflow takes them for a schema
-        """Probabilities float32 (N, 10) of images uint8 (N, 28, 28), N ≥ 1."""
+        """The class, and the probability of each class, of images uint8 (N, 28, 28), N ≥ 1, white on black."""
         import torch
 
         from stages.lenet import predict
 
         images = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.uint8))
-        return predict(self.model, images, BATCH_SIZE).softmax(1).numpy()
+        logits = predict(self.model, images, BATCH_SIZE)
+        answer = pd.DataFrame(logits.softmax(1).numpy(), columns=self.model.classes)
+        answer.insert(0, "class", [self.model.classes[label] for label in logits.argmax(1)])
+        return answer
 
 
 mlflow.models.set_model(ServedLeNet())

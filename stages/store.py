@@ -15,8 +15,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Before MLflow is imported. A store that does not answer is given up after some 8 s: `make sync` makes up for it.
@@ -38,7 +40,9 @@ from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, Schema, TensorSpec
+from ruamel.yaml import YAML, YAMLError
+from safetensors import safe_open
 
 from stages.pipeline import Pipeline, Record, flatten, md5
 
@@ -49,7 +53,18 @@ EXPERIMENT = "fashion-mnist-lenet"
 DESCRIPTION = "LeNet on Fashion-MNIST. Compare the `train` runs; `evaluate` runs are their children."
 CODE = Path(__file__).parent
 DATASET_CONTEXT = {"fetch": "source", "train": "training", "evaluate": "evaluation"}
-HEADLINE = ("test_accuracy", "test_loss", "test_macro_f1")  # evaluate's metrics that its train run shows as well
+WHAT = {
+    "fetch": "The data, verified byte for byte.",
+    "train": "A training of LeNet, with the test metrics of the model that it made: the run to compare.",
+    "evaluate": "An evaluation, on every test image, of the model of the run above it.",
+}
+MODEL = "Images uint8 (N, 28, 28), white on black, to the class of each and the probability of every class."
+HEADLINE = (
+    "test_accuracy",
+    "test_loss",
+    "test_macro_f1",
+    "test_ece",
+)  # evaluate's metrics that its train run shows as well
 PATCH = "code.patch"  # the artifact of a run of a dirty tree
 SERVING_PACKAGES = ("mlflow", "numpy", "safetensors", "torch")
 
@@ -147,7 +162,10 @@ class Store:
         commit, patch = git_state(self.pipeline)
         if commit:
             tags |= {"mlflow.source.git.commit": commit, "git.dirty": "true" if patch else "false"}
-        name = f"{record.stage} {os.environ.get('DVC_EXP_NAME') or record.fingerprint[:8]}"
+        changes = changed_params(self.pipeline, record)
+        tags["mlflow.note.content"] = note(record, changes, commit)
+        what = [os.environ.get("DVC_EXP_NAME", ""), *changes[:3], "…" if len(changes) > 3 else ""]
+        name = " ".join([record.stage, *(filter(None, what) if any(what) else [record.fingerprint[:8]])])
         run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
         self.client.log_batch(run_id, params=[Param(key, value) for key, value in param_values(record).items()])
         self._log_datasets(run_id, record)
@@ -167,8 +185,8 @@ class Store:
         if record.stage == "fetch":
             self._log_datasets(run_id, record)
         for path in outs:
-            if path.endswith((".json", ".csv")):
-                self.client.log_artifact(run_id, str(folder / path))
+            if artifact := artifact_path(path):
+                self.client.log_artifact(run_id, str(folder / path), artifact.rpartition("/")[0] or None)
         if record.stage == "train":
             self._log_curves(run_id, folder / one(outs, "history.csv"))
             self._log_model(run_id, one(outs, ".safetensors"), outs)
@@ -179,15 +197,18 @@ class Store:
         self.client.set_terminated(run_id, "FINISHED")
 
     def datasets(self, record: Record) -> dict[str, str]:
-        """The data sets that the stage reads, or makes, by path; the digest is the MD5 that DVC knows."""
+        """The data sets that the stage reads, or makes, by name; the digest is the MD5 that DVC knows."""
+        return {_dataset_name(path): digest for path, digest in self._dataset_files(record).items()}
+
+    def _dataset_files(self, record: Record) -> dict[str, str]:
         md5s = {**record.deps, **record.outs}
         return {path: md5s[path] for path in self.pipeline.outs("fetch") if path in md5s}
 
     def _log_datasets(self, run_id: str, record: Record) -> None:
         context = [InputTag("mlflow.data.context", DATASET_CONTEXT[record.stage])]
         inputs = [
-            DatasetInput(Dataset(path, digest, source_type="local", source=json.dumps({"uri": path})), context)
-            for path, digest in self.datasets(record).items()
+            DatasetInput(Dataset(_dataset_name(path), digest, "local", json.dumps({"uri": path})), context)
+            for path, digest in self._dataset_files(record).items()
         ]
         if inputs:
             self.client.log_inputs(run_id, inputs)
@@ -203,23 +224,33 @@ class Store:
 
     def _log_model(self, run_id: str, path: str, outs: Mapping[str, str]) -> None:
         """Log the weights as a model that MLflow can load and serve, made from code: no pickle."""
-        if self._model_id(self.client.get_run(run_id)):
+        if self.model_id(self.client.get_run(run_id)):
             return
+        with safe_open(self.pipeline.folder / path, framework="numpy") as weights:
+            classes = json.loads(weights.metadata()["lenet"])["classes"]
+        example = np.zeros((1, 28, 28), np.uint8)
+        example[0, 6:24, 8:20] = 200  # something like a dress
         # mlflow.pyfunc.log_model would do, but for an active run, which MLflow calls FINISHED whenever Python exits.
         Model.log(
             artifact_path=None,
-            flavor=mlflow.pyfunc,
+            flavor=SimpleNamespace(save_model=_save_model),
             run_id=run_id,
-            name="lenet",
+            name=f"lenet-{outs[path][:8]}",
             python_model=str(CODE / "serving.py"),
             artifacts={"weights": str(self.pipeline.folder / path)},
             code_paths=[str(CODE)],
             signature=ModelSignature(
                 inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28))]),
-                outputs=Schema([TensorSpec(np.dtype("float32"), (-1, 10))]),
+                outputs=Schema([ColSpec("string", "class"), *(ColSpec("float", name) for name in classes)]),
             ),
+            input_example=example,
+            validate_serving_input=False,
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in SERVING_PACKAGES],
-            tags=_hash_tags("outs", {path: outs[path]}),
+            tags={
+                **_hash_tags("outs", {path: outs[path]}),
+                "mlflow.source.name": "dvc.yaml:train",
+                "mlflow.note.content": MODEL,
+            },
         )
 
     def evaluation(self, record: Record) -> dict[str, float]:
@@ -238,7 +269,7 @@ class Store:
         ((dataset, digest),) = self.datasets(record).items()
         links: dict[str, Any] = {"dataset_name": dataset, "dataset_digest": digest}
         if parent_id := self.client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
-            if model_id := self._model_id(self.client.get_run(parent_id)):
+            if model_id := self.model_id(self.client.get_run(parent_id)):
                 links["model_id"] = model_id
             self.log_metrics(parent_id, {key: metrics[key] for key in HEADLINE})
         self.log_metrics(run_id, metrics, **links)
@@ -247,21 +278,23 @@ class Store:
 
     def artifact_md5(self, run: Run, name: str) -> str:
         """MD5 of a run's artifact; "" where it has none of this name."""
-        if name not in [file.path for file in self.client.list_artifacts(run.info.run_id)]:
+        if name not in [
+            file.path for file in self.client.list_artifacts(run.info.run_id, name.rpartition("/")[0] or None)
+        ]:
             return ""
         with tempfile.TemporaryDirectory() as folder:
             return md5(Path(self.client.download_artifacts(run.info.run_id, name, folder)))
 
     def model_md5(self, run: Run) -> str:
         """MD5 of the weights in a run's model; "" where it has no model."""
-        model_id = self._model_id(run)
+        model_id = self.model_id(run)
         if not model_id:
             return ""
         with tempfile.TemporaryDirectory() as folder:
             mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=folder)
             return md5(next(Path(folder).rglob("*.safetensors")))
 
-    def _model_id(self, run: Run) -> str | None:
+    def model_id(self, run: Run) -> str | None:
         return run.outputs.model_outputs[-1].model_id if run.outputs and run.outputs.model_outputs else None
 
     # Making the store agree with dvc.lock
@@ -363,6 +396,43 @@ def _identity(record: Record) -> dict[str, str]:
 
 def _hash_tags(kind: str, md5s: Mapping[str, str]) -> dict[str, str]:
     return {f"dvc.{kind}.{path}": md5 for path, md5 in md5s.items()}
+
+
+def changed_params(pipeline: Pipeline, record: Record) -> list[str]:
+    """The params that are not as they are in the last commit, as `key=value`; those of the stage without its name."""
+    command = ["git", "-C", str(pipeline.folder), "show", "HEAD:./params.yaml"]
+    try:
+        committed = YAML(typ="safe").load(subprocess.run(command, capture_output=True, check=True).stdout)
+        before = param_values(replace(record, params=committed, upstream_params={}))
+    except (OSError, subprocess.CalledProcessError, YAMLError, AttributeError):  # no git, no commit, or no mapping
+        return []
+    values = param_values(record)
+    changes = {key: value for key, value in values.items() if before.get(key) != value}
+    return [f"{key.removeprefix(f'{record.stage}.')}={value}" for key, value in changes.items()]
+
+
+def note(record: Record, changes: list[str], commit: str) -> str:
+    """The description that the run's page shows, in Markdown."""
+    against = f"commit {commit[:8]}" if commit else "no commit"
+    lines = [WHAT[record.stage], f"Params: as in {against}" + (f", but {', '.join(changes)}." if changes else ".")]
+    return "\n\n".join([*lines, "`python -m commands.lineage RUN_ID` leads to its bytes and brings them back."])
+
+
+def artifact_path(path: str) -> str | None:
+    """Where an out is among the artifacts of its run; None for data and weights, which are not."""
+    name = Path(path).name
+    if path.endswith(".png"):
+        return f"plots/{name}"
+    return name if path.endswith((".json", ".csv", ".parquet")) else None
+
+
+def _save_model(validate_serving_input: bool, **arguments: Any) -> None:
+    """Pyfunc's save_model. Model.log alone reads the flag: to serve the example here would import PyTorch, 2 s."""
+    mlflow.pyfunc.save_model(**arguments)
+
+
+def _dataset_name(path: str) -> str:
+    return "/".join(Path(path).with_suffix("").parts[-2:])
 
 
 def one(paths: Iterable[str], ending: str) -> str:

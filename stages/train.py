@@ -1,13 +1,13 @@
 """Train LeNet.
 
 python -m stages.train data/fashion-mnist/train.safetensors --model models/lenet.safetensors
---metrics metrics/train.json --history metrics/history.csv
+--metrics metrics/train.json --history metrics/history.csv --plots metrics/plots
 """
 
 import argparse
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stages import stage, tracking
@@ -19,10 +19,13 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from stages.dataset import Dataset, read_dataset
 from stages.device import set_up_device
+from stages.figure import DARK, LIGHT, MIDDLE, make_figure, write_png
 from stages.lenet import LeNet, predict, write_model
 from stages.params import Train, read_params
 from stages.stage import StageError, write_csv, write_json
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="weights to write (safetensors)")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics of the last epoch to write (JSON)")
     parser.add_argument("--history", type=Path, required=True, help="metrics of each epoch to write (CSV)")
+    parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
 
@@ -45,8 +49,9 @@ def main() -> None:
         run.set_tag("device", str(device))
         model, history = train(read_dataset(args.dataset), params.train, device, run)
         write_model(args.model, model)
-        write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "lr")})
+        write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "train_lr")})
         write_csv(args.history, history)
+        write_png(args.plots / "curves.png", plot_curves(history))
 
 
 def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.Run) -> tuple[LeNet, list[dict]]:
@@ -84,7 +89,7 @@ def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.R
         order = training[np.random.default_rng((params.seed, epoch)).permutation(len(training))].to(device)
         lrs = [lr_at(number, params.epochs * steps, params) for number in range((epoch - 1) * steps, epoch * steps)]
         batches = order.split(params.batch_size)
-        metrics = {"epoch": epoch, "lr": lrs[-1]} | train_epoch(step, batches, lrs)
+        metrics = {"epoch": epoch, "train_lr": lrs[-1]} | train_epoch(step, batches, lrs)
         if not np.isfinite(metrics["train_loss"]):
             found = metrics["train_loss"]
             raise StageError(
@@ -147,6 +152,25 @@ def mean_and_std(images: Tensor, indices: Tensor) -> tuple[float, float]:
     mean = (values * counts).sum().item() / total
     variance = (values**2 * counts).sum().item() / total - mean**2
     return mean, max(variance, 0.0) ** 0.5 or 255.0  # a set of one grey has no deviation to divide by
+
+
+def plot_curves(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Loss and accuracy of each epoch, on the training and, where there is one, the validation split."""
+    figure = make_figure(9, 3.8)
+    epochs = [row["epoch"] for row in history]
+    for axes, metric, label in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), ("cross entropy", "accuracy"), strict=True
+    ):
+        for part, colour, style in (("train", DARK, "o-"), ("validation", MIDDLE, "s--")):
+            if f"{part}_{metric}" in history[0]:
+                values = [row[f"{part}_{metric}"] for row in history]
+                name = "training, while it learns" if part == "train" else "validation, after each epoch"
+                axes.plot(epochs, values, style, color=colour, label=name, markersize=4)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=LIGHT, linewidth=0.5)
+        axes.legend(frameon=False)
+    return figure
 
 
 def describe(metrics: dict[str, float], epochs: int, rate: float) -> str:

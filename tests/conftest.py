@@ -11,6 +11,7 @@ import hashlib
 import http.server
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -137,6 +138,12 @@ class Store:
         return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, metric)]
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def ran(output: str) -> list[str]:
     """The stages that DVC says it ran."""
     return re.findall(r"^Running stage '(\w+)'", output, re.MULTILINE)
@@ -178,6 +185,17 @@ def finished_project(fresh_project: Project, tmp_path_factory: pytest.TempPathFa
     project = copy(fresh_project, tmp_path_factory.mktemp("finished"))
     project.dvc("repro")
     project.commit("Run the pipeline")
+    return project
+
+
+@pytest.fixture(scope="session")
+def two_results(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with a second result, the experiment `slow`, that hardly learns. Not to be changed: copy it.
+
+    HEAD has the first result, the workspace the second.
+    """
+    project = copy(finished_project, tmp_path_factory.mktemp("two"))
+    project.dvc("exp", "run", "--name", "slow", "--set-param", "train.lr=0.0001")
     return project
 
 

@@ -95,7 +95,7 @@ def change_parent(project: Project) -> None:
 
 
 def change_artifact(project: Project) -> None:
-    (artifact,) = (project.folder / "mlartifacts").rglob("predictions.csv")
+    (artifact,) = (project.folder / "mlartifacts").rglob("predictions.parquet")
     artifact.write_text("actual,predicted\n")
 
 
@@ -125,7 +125,7 @@ def leave_run(project: Project) -> None:
         (change_curve, "train_loss of epoch 2: MLflow has 0.123, history.csv "),
         (add_param, "train.momentum: MLflow has it, dvc.lock does not"),
         (change_parent, "its parent is not "),
-        (change_artifact, "metrics/predictions.csv: MLflow's artifact is not the file of dvc.lock"),
+        (change_artifact, "metrics/predictions.parquet: MLflow's artifact is not the file of dvc.lock"),
         (change_weights, "models/lenet.safetensors: MLflow's model has "),
         (leave_run, "MLflow has it RUNNING, its process is gone"),
     ],

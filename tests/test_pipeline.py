@@ -176,25 +176,33 @@ def test_metrics_show_shows_the_metrics_files(finished_project: Project) -> None
         assert entry["data"] == json.loads((finished_project.folder / path).read_text())
 
 
-def test_plots_show_renders_curves_confusion_and_classes(project: Project) -> None:
-    shown = json.loads(project.dvc("plots", "show", "--json").stdout)
-    data = {name: plots[0]["content"] for name, plots in shown["data"].items()}
-    assert set(data) == {"loss", "accuracy", "confusion", "per_class"}
+PICTURES = {"curves", "confusion", "per_class", "reliability", "mistakes"}
+
+
+def test_plots_show_and_plots_diff_render_all(two_results: Project) -> None:
+    for arguments, sides in ((["show"], 1), (["diff", "HEAD", "workspace"], 2)):
+        page = two_results.dvc("plots", *arguments, "--out", f"plots_{arguments[0]}").stdout.strip().splitlines()[-1]
+        folder = Path(re.sub("^file://", "", page)).parent
+        html = (folder / "index.html").read_text()
+        assert {"Loss", "Accuracy"} <= set(re.findall(r'"title": "(\w+)"', html))
+        pictures = sorted(path.name for path in (folder / "static").glob("*.png"))
+        assert len(pictures) == sides * len(PICTURES)
+        for name in PICTURES:
+            assert sum(picture.endswith(f"_{name}.png") for picture in pictures) == sides
+        for picture in pictures:
+            assert f"static/{picture}" in html
+
+
+def test_the_curves_of_plots_show_are_those_of_the_history(two_results: Project) -> None:
+    shown = json.loads(two_results.dvc("plots", "show", "--json").stdout)
     assert not shown.get("errors")
-    text = {name: json.dumps(content) for name, content in data.items()}
-    with (project.folder / "metrics/history.csv").open() as file:
+    text = {name: json.dumps(plots[0].get("content")) for name, plots in shown["data"].items()}
+    with (two_results.folder / "metrics/history.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        for column in ("train_loss", "validation_loss"):
-            assert row[column] in text["loss"]
-        for column in ("train_accuracy", "validation_accuracy"):
-            assert row[column] in text["accuracy"]
-    for name in PARAMS["fetch"]["classes"]:
-        assert name in text["confusion"]
-        assert name in text["per_class"]
-    page = Path(re.sub("^file://", "", project.dvc("plots", "show").stdout.strip().splitlines()[-1]))
-    assert page.name == "index.html"
-    assert "vega" in page.read_text()
+        for metric in ("loss", "accuracy"):
+            for part in ("train", "validation"):
+                assert row[f"{part}_{metric}"] in text[metric]
 
 
 def test_an_experiment_runs_what_its_change_affects_and_shows_its_values(project: Project) -> None:
@@ -215,6 +223,13 @@ def test_the_readme_names_every_make_target() -> None:
     assert targets
     for target in targets:
         assert f"make {target}" in readme
+
+
+@pytest.mark.parametrize("command", sorted(path.stem for path in (ROOT / "commands").glob("[a-z]*.py")))
+def test_each_command_stands_in_the_readme_and_its_help_has_examples(command: str) -> None:
+    assert f"python -m commands.{command}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = ast.parse((ROOT / "commands" / f"{command}.py").read_text(encoding="utf-8"))
+    assert f"python -m commands.{command}" in (ast.get_docstring(tree) or ""), "the help is the docstring"
 
 
 def test_the_lock_holds_every_direct_dependency_with_hashes() -> None:

@@ -4,7 +4,6 @@ import http.server
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,15 +16,9 @@ from typing import NamedTuple
 
 import mlflow
 import pytest
-from conftest import Project, Store, ran
+from conftest import Project, Store, free_port, ran
 
 STAGES = ("fetch", "train", "evaluate")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Server:

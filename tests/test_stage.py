@@ -96,7 +96,7 @@ def test_a_stage_whose_input_is_foreign_says_so_and_what_dvc_removed_is_put_back
     assert "error: models/lenet.safetensors is not a model that train wrote" in result.stderr
     assert "Traceback" not in result.stderr
     assert (project.folder / "metrics/evaluate.json").read_bytes() == scores
-    assert (project.folder / "metrics/predictions.csv").exists()
+    assert (project.folder / "metrics/predictions.parquet").exists()
 
 
 def test_a_damaged_data_set_in_the_workspace_is_replaced_from_the_cache(project: Project) -> None:

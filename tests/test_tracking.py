@@ -84,8 +84,8 @@ def test_the_data_sets_are_inputs_with_the_hash_that_dvc_knows(store: Store, fin
         inputs = store.run(stage).inputs
         assert inputs
         datasets = [entry.dataset for entry in inputs.dataset_inputs]
-        paths = [f"data/fashion-mnist/{name}.safetensors" for name in names]
-        assert sorted((dataset.name, dataset.digest) for dataset in datasets) == [(path, md5s[path]) for path in paths]
+        found = sorted((dataset.name, dataset.digest) for dataset in datasets)
+        assert found == [(f"fashion-mnist/{name}", md5s[f"data/fashion-mnist/{name}.safetensors"]) for name in names]
 
 
 def test_the_model_is_logged_without_pickle_and_says_what_evaluate_said(
@@ -112,14 +112,26 @@ def test_the_model_is_logged_without_pickle_and_says_what_evaluate_said(
 
     loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
     dataset = read_dataset(finished_project.folder / "data/fashion-mnist/test.safetensors")
-    probabilities = loaded.predict(dataset.images)
-    assert probabilities.shape == (TEST_SIZE, 10)
+    answer = loaded.predict(dataset.images)
+    assert list(answer.columns) == ["class", *dataset.classes]
+    assert len(answer) == TEST_SIZE
+    probabilities = answer[dataset.classes].to_numpy()
     assert probabilities.dtype == np.float32
     assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
-    accuracy = float((probabilities.argmax(1) == dataset.labels).mean())
+    assert answer["class"].tolist() == [dataset.classes[label] for label in probabilities.argmax(1)]
+    accuracy = float((answer["class"] == [dataset.classes[label] for label in dataset.labels]).mean())
     assert accuracy == pytest.approx(evaluated["test_accuracy"])
     for size in (1, 7):
-        assert np.allclose(loaded.predict(dataset.images[:size]), probabilities[:size], atol=1e-6)
+        few = loaded.predict(dataset.images[:size])[dataset.classes].to_numpy()
+        assert np.allclose(few, probabilities[:size], atol=1e-6)
+    example = model_input_example(folder)
+    assert example.shape == (1, 28, 28)
+    assert len(loaded.predict(example)) == 1
+
+
+def model_input_example(folder: Path) -> np.ndarray:
+    """The example that the model carries."""
+    return np.asarray(json.loads((folder / "serving_input_example.json").read_text())["inputs"], np.uint8)
 
 
 def start(project: Project, *command: str) -> subprocess.Popen[str]:

@@ -85,7 +85,7 @@ def test_each_epoch_is_logged_as_it_stands_in_the_history() -> None:
     assert [metrics for _, metrics in listener.logged] == history
     assert list(history[0]) == [
         "epoch",
-        "lr",
+        "train_lr",
         "train_loss",
         "train_accuracy",
         "validation_loss",

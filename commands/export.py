@@ -1,0 +1,84 @@
+"""Write the model as ONNX, and verify that it says the same.
+
+python -m commands.export models/lenet.onnx
+python -m commands.export --model models/other.safetensors other.onnx
+
+Input `images` uint8 (N, 28, 28), white on black; output `probabilities` float32 (N, 10). The names of the classes
+are in the file's metadata, under `classes`. onnxruntime then predicts all test images: the file is written only where
+it gives the class that PyTorch gives for each, with probabilities within 1e-5.
+"""
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+from stages.stage import StageError, write
+
+MODEL = "models/lenet.safetensors"
+DATASET = "data/fashion-mnist/test.safetensors"
+TOLERANCE = 1e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, metavar="FILE", help="to write (ONNX)")
+    parser.add_argument("--model", type=Path, default=Path(MODEL), help=f"weights (default: {MODEL})")
+    parser.add_argument("--dataset", type=Path, default=Path(DATASET), help=f"to verify on (default: {DATASET})")
+    args = parser.parse_args()
+    try:
+        export(args.output, args.model, args.dataset)
+    except StageError as error:
+        sys.exit(f"error: {error}")
+
+
+def export(output: Path, path: Path, dataset: Path) -> None:
+    """Write the model at `path` as ONNX. Raises StageError where onnxruntime disagrees with PyTorch."""
+    import logging
+    import warnings
+
+    import numpy as np
+    import onnx
+    import onnxruntime
+    import torch
+    from torch import nn
+
+    from stages.dataset import read_dataset
+    from stages.lenet import predict, read_model
+
+    model, images = read_model(path).eval(), read_dataset(dataset).images
+    example = torch.from_numpy(images[:2].copy())
+    stream = io.BytesIO()
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        program = torch.onnx.export(
+            nn.Sequential(model, nn.Softmax(1)),
+            (example,),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+            dynamo=True,
+            verbose=False,
+        )
+    logging.disable(logging.NOTSET)
+    proto = program.model_proto  # type: ignore[union-attr]
+    onnx.helper.set_model_props(proto, {"classes": json.dumps(model.classes)})
+    onnx.save_model(proto, stream)
+
+    session = onnxruntime.InferenceSession(stream.getvalue(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["probabilities"], {"images": images})
+    expected = predict(model, torch.from_numpy(images), 1000).softmax(1).numpy()
+    others, distance = int((found.argmax(1) != expected.argmax(1)).sum()), float(np.abs(found - expected).max())
+    if others or distance > TOLERANCE:
+        raise StageError(
+            f"expected onnxruntime to agree with PyTorch on {len(images):,} images, found {others} other classes and "
+            f"probabilities up to {distance:.1e} apart; nothing is written"
+        )
+    write(output, stream.getvalue())
+    print(f"{output}: as PyTorch says on all {len(images):,} test images (largest difference {distance:.1e})")
+
+
+if __name__ == "__main__":
+    main()

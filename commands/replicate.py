@@ -1,0 +1,101 @@
+"""Run the pipeline for several seeds, as DVC experiments, and show how far its result is a matter of luck.
+
+python -m commands.replicate --seeds 10                                   the params as they are, seeds 0 to 9
+python -m commands.replicate --seeds 5 -S train.activation=relu           another recipe, as in `dvc exp run`
+python -m commands.replicate --seeds 3 --json                             for a program
+
+Each seed is an experiment of its own, `NAME-SEED` in `dvc exp show`, in a temporary folder: the workspace stays as it
+is. A seed that is there already is not run again. Interrupt it and start it again: it goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+METRIC = "test_accuracy"
+CHANCE = 0.2  # of ten classes a guess has 0.1: below twice that, nothing was learnt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="run seeds 0 to N-1 (default: 10)")
+    parser.add_argument("-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", help="as in dvc exp run")
+    parser.add_argument("--name", help="of the experiments (default: made from the params)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        sys.exit(f"error: expected --seeds of at least 1, found {args.seeds}")
+    import dvc.api
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from tqdm import tqdm
+
+    try:
+        with Repo() as repo:
+            # What is not a param or the seed decides the results as well: another commit, other experiments.
+            state = repr((repo.scm.get_rev(), repo.scm.is_dirty() and _patch(), sorted(args.set_param)))
+    except DvcException as error:
+        sys.exit(f"error: {error}")
+    name = args.name or f"replicate-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
+    results: dict[int, Mapping[str, float]] = {}
+    for seed in tqdm(range(args.seeds), name, unit="seed", disable=None):
+        experiment = f"{name}-{seed}"
+        if experiment not in _experiments():
+            _run(experiment, seed, args.set_param)
+        results[seed] = dvc.api.metrics_show(rev=experiment)
+    summary = summarize({seed: metrics[METRIC] for seed, metrics in results.items()})
+    if args.json:
+        print(json.dumps({"name": name, "set_param": args.set_param, **summary}, indent=2))
+    else:
+        show(name, summary)
+
+
+def _patch() -> bytes:
+    return subprocess.run(["git", "diff", "HEAD"], capture_output=True, check=True).stdout
+
+
+def _experiments() -> set[str]:
+    listed = subprocess.run(["dvc", "exp", "list", "--name-only"], capture_output=True, text=True, check=True)
+    return set(listed.stdout.split())
+
+
+def _run(experiment: str, seed: int, set_param: Sequence[str]) -> None:
+    changes = [argument for change in (*set_param, f"train.seed={seed}") for argument in ("--set-param", change)]
+    command = ["dvc", "exp", "run", "--temp", "--name", experiment, *changes]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        sys.exit("\n".join([f"error: `{' '.join(command)}` failed:", *lines[-5:]]))
+
+
+def summarize(accuracies: Mapping[int, float]) -> dict[str, Any]:
+    """Mean, standard deviation (n - 1), min and max of the seeds that learned, and how many did not."""
+    learned = [accuracy for accuracy in accuracies.values() if accuracy >= CHANCE]
+    return {
+        METRIC: {str(seed): accuracy for seed, accuracy in accuracies.items()},
+        "seeds": len(accuracies),
+        "failed_to_learn": len(accuracies) - len(learned),
+        "mean": statistics.fmean(learned) if learned else None,
+        "standard_deviation": statistics.stdev(learned) if len(learned) > 1 else None,
+        "min": min(learned, default=None),
+        "max": max(learned, default=None),
+    }
+
+
+def show(name: str, summary: Mapping[str, Any]) -> None:
+    """Print the summary as a table, of which a line goes into the README."""
+    print("| recipe | seeds | failed to learn | mean | s.d. | min | max |")
+    print("|---|---|---|---|---|---|---|")
+    values = [summary[key] for key in ("mean", "standard_deviation", "min", "max")]
+    cells = [name, summary["seeds"], summary["failed_to_learn"], *("-" if v is None else f"{v:.4f}" for v in values)]
+    print(f"| {' | '.join(str(cell) for cell in cells)} |")
+    print(f"\n{METRIC}: " + ", ".join(f"seed {seed} {value:.4f}" for seed, value in summary[METRIC].items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""A comparison says what the files say, and calls a difference one only where it is more than chance."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TEST_SIZE, Project, Store
+
+from commands.compare import Result, compare, interval
+
+
+def result(name: str, labels: np.ndarray, predicted: np.ndarray) -> Result:
+    table = pd.DataFrame({"index": np.arange(len(labels)), "label": labels, "predicted": predicted})
+    return Result(name, {}, {}, table.join(pd.DataFrame(np.zeros((len(labels), 10)), columns=list("abcdefghij"))))
+
+
+def make(only_a: int, only_b: int, both: int) -> dict[str, Any]:
+    """The comparison of two results, where so many images are right in only one of them, or in both."""
+    labels = np.zeros(only_a + only_b + both, int)
+    a, b = labels.copy(), labels.copy()
+    a[:only_b] = 1
+    b[only_b : only_b + only_a] = 1
+    return compare(result("A", labels, a), result("B", labels, b))
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "verdict"),
+    [
+        (0, 0, "no evidence of a difference"),
+        (0, 5, "no evidence of a difference"),
+        (0, 6, "better"),
+        (40, 20, "worse"),
+        (20, 40, "better"),
+        (100, 110, "no evidence of a difference"),
+    ],
+)
+def test_the_verdict_is_mcnemar_s(only_a: int, only_b: int, verdict: str) -> None:
+    n, least = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, k) for k in range(least + 1)) / 2**n
+    comparison = make(only_a, only_b, both=1000)
+    assert comparison["mcnemar"]["p"] == pytest.approx(min(1, 2 * tail))
+    assert comparison["verdict"] == verdict
+    assert verdict in comparison["sentence"]
+    difference = comparison["accuracy_difference"]
+    assert difference["b_minus_a"] == pytest.approx((only_b - only_a) / (n + 1000))
+    assert difference["low"] <= difference["b_minus_a"] <= difference["high"]
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    images, only_a, only_b = 2000, 0.02, 0.03
+    counts = rng.multinomial(images, [only_a, only_b, 1 - only_a - only_b], size=2000)
+    intervals = [interval(int(a), int(b), images) for a, b, _ in counts]
+    covered = np.mean([low <= only_b - only_a <= high for low, high in intervals])
+    assert 0.94 < covered < 0.965
+
+
+def run(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return project.run("python", "-m", "commands.compare", *arguments, check=check)
+
+
+def test_revisions_experiments_and_runs_of_the_same_results_compare_alike(two_results: Project) -> None:
+    slow, first = Store(two_results).runs("train")
+    evaluation = next(
+        run for run in Store(two_results).runs("evaluate") if run.data.tags["mlflow.parentRunId"] == slow.info.run_id
+    )
+    pairs = [("HEAD", "workspace"), ("main", "slow"), (first.info.run_id, slow.info.run_id)]
+    pairs.append((first.info.run_id, evaluation.info.run_id))
+    found = [json.loads(run(two_results, "--json", *pair).stdout) for pair in pairs]
+    for comparison in found:
+        assert comparison["verdict"] == "worse"
+        assert comparison["params"] == {"train.lr": {"a": 0.01, "b": 0.0001}}
+        assert comparison["mcnemar"] == found[0]["mcnemar"]
+        assert comparison["classes"] == found[0]["classes"]
+    evaluated = json.loads((two_results.folder / "metrics/evaluate.json").read_text())
+    committed = json.loads(two_results.run("git", "show", "HEAD:metrics/evaluate.json").stdout)
+    for comparison in found:
+        for key, value in evaluated.items():
+            assert comparison["metrics"][key] == {"a": committed[key], "b": value}
+    difference = found[0]["accuracy_difference"]["b_minus_a"]
+    assert difference == pytest.approx(evaluated["test_accuracy"] - committed["test_accuracy"])
+    assert found[0]["mcnemar"]["images"] == TEST_SIZE
+
+
+def test_a_result_is_no_different_from_itself(two_results: Project) -> None:
+    shown = run(two_results, "main", "HEAD").stdout
+    assert "There is no evidence of a difference between HEAD and main (p = 1.0000)" in shown
+    assert "params that differ" not in shown
+
+
+def test_tables_and_markdown_name_params_metrics_and_classes(two_results: Project) -> None:
+    for arguments in (["main", "slow"], ["--md", "main", "slow"]):
+        shown = run(two_results, *arguments).stdout
+        for text in ("train.lr", "0.0001", "test_accuracy", "slow is worse than main, by ", "95 % interval"):
+            assert text in shown
+    assert "| train.lr | 0.01" in shown
+
+
+@pytest.mark.parametrize("name", ["nothing-of-that-name", "0" * 32])
+def test_what_is_not_there_is_said_in_one_line(two_results: Project, name: str) -> None:
+    failed = run(two_results, "main", name, check=False)
+    assert failed.returncode == 1
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith("error: expected")
+    assert name in line
+
+
+def test_results_on_other_test_sets_are_not_compared(tmp_path: Path) -> None:
+    labels = np.zeros(10, int)
+    with pytest.raises(SystemExit, match="same test images"):
+        compare(result("A", labels, labels), result("B", labels + 1, labels))

@@ -1,0 +1,39 @@
+"""Replicates are real experiments, and their summary is of those that learned."""
+
+import json
+
+import pytest
+from conftest import Project
+
+from commands.replicate import summarize
+
+
+def test_a_summary_leaves_out_what_did_not_learn_and_counts_it() -> None:
+    summary = summarize({0: 0.8, 1: 0.1, 2: 0.9})
+    assert (summary["seeds"], summary["failed_to_learn"]) == (3, 1)
+    assert (summary["min"], summary["max"]) == (0.8, 0.9)
+    assert summary["mean"] == pytest.approx(0.85)
+    assert summary["standard_deviation"] == pytest.approx(0.05 * 2**0.5)
+    assert summarize({0: 0.1})["mean"] is None
+
+
+def test_each_seed_is_an_experiment_that_runs_once_and_leaves_the_workspace_alone(project: Project) -> None:
+    before = project.run("git", "status", "--porcelain").stdout
+    command = ["python", "-m", "commands.replicate", "--seeds", "2", "--name", "pair", "-S", "train.epochs=1", "--json"]
+    summary = json.loads(project.run(*command).stdout)
+    assert project.run("git", "status", "--porcelain").stdout == before
+    listed = project.dvc("exp", "list", "--name-only").stdout.split()
+    assert sorted(listed) == ["pair-0", "pair-1"]
+    for seed in (0, 1):
+        shown = json.loads(project.dvc("metrics", "diff", "--json", "--all", "HEAD", f"pair-{seed}").stdout)
+        accuracy = shown["metrics/evaluate.json"]["test_accuracy"]
+        assert summary["test_accuracy"][str(seed)] == accuracy.get("new", accuracy.get("old"))
+    assert json.loads(project.run(*command).stdout) == summary
+    assert sorted(project.dvc("exp", "list", "--name-only").stdout.split()) == sorted(listed)
+
+
+def test_a_recipe_that_fails_is_said_with_dvc_s_reason(project: Project) -> None:
+    failed = project.run("python", "-m", "commands.replicate", "--seeds", "1", "-S", "train.lr=no", check=False)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert "train.lr" in failed.stderr

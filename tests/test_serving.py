@@ -1,0 +1,146 @@
+"""The model that leaves the project says what evaluate says of it: served, promoted, and as ONNX."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pandas as pd
+import pytest
+from conftest import Project, Store, copy, free_port
+from PIL import Image
+
+from commands import export
+from stages.dataset import read_dataset
+from stages.stage import StageError
+
+CHAMPION = "models:/fashion-mnist-lenet@champion"
+
+
+def promote(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return project.run("python", "-m", "commands.promote", *arguments, check=check)
+
+
+@pytest.fixture(scope="module")
+def promoted_project(two_results: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project whose first result is promoted."""
+    project = copy(two_results, tmp_path_factory.mktemp("promoted"))
+    _, first = Store(project).runs("train")
+    promote(project, first.info.run_id)
+    return project
+
+
+def champion(project: Project) -> str | None:
+    """The run of the model that has the alias."""
+    return Store(project).client.get_model_version_by_alias("fashion-mnist-lenet", "champion").run_id
+
+
+def test_a_worse_model_is_promoted_only_by_force(promoted_project: Project, tmp_path: Path) -> None:
+    project = copy(promoted_project, tmp_path)
+    slow, first = Store(project).runs("train")
+    refused = promote(project, check=False)  # the workspace has the slow one
+    assert refused.returncode == 1
+    assert " is worse than " in refused.stdout
+    assert refused.stderr == "error: not promoted; version 1 stays the champion. --force does it all the same\n"
+    assert champion(project) == first.info.run_id
+    assert "version 2 is the champion now" in promote(project, "--force", slow.info.run_id).stdout
+    assert champion(project) == slow.info.run_id
+    assert " is better than " in promote(project, first.info.run_id).stdout
+    assert champion(project) == first.info.run_id
+    assert "is the champion already" in promote(project, first.info.run_id).stdout
+    versions = Store(project).client.search_model_versions("name = 'fashion-mnist-lenet'")
+    assert {version.run_id for version in versions} == {slow.info.run_id, first.info.run_id}
+
+
+def test_the_served_model_says_what_evaluate_says_for_one_image_and_for_a_thousand(promoted_project: Project) -> None:
+    _, first = Store(promoted_project).runs("evaluate")
+    table = pd.read_parquet(Store(promoted_project).client.download_artifacts(first.info.run_id, "predictions.parquet"))
+    images = read_dataset(promoted_project.folder / "data/fashion-mnist/test.safetensors").images
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
+    log = (promoted_project.folder / "serve.log").open("wb")
+    process = subprocess.Popen(
+        ["mlflow", "models", "serve", "-m", CHAMPION, "--env-manager", "local", "--port", str(port)],
+        cwd=promoted_project.folder,
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        for inputs in (images[:1], np.concatenate([images] * 5)):
+            answers = ask(process, port, inputs)
+            expected = pd.concat([table] * 5)[: len(inputs)]
+            classes = list(table.columns[3:])
+            assert [answer["class"] for answer in answers] == [classes[label] for label in expected["predicted"]]
+            probabilities = np.array([[answer[name] for name in classes] for answer in answers])
+            assert np.abs(probabilities - expected[classes].to_numpy()).max() < 1e-5
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(process: subprocess.Popen[bytes], port: int, images: np.ndarray) -> list[dict]:
+    """The server's answers, once it is up."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations",
+        json.dumps({"inputs": images.tolist()}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.loads(response.read())["predictions"]
+        except OSError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_predict_asks_the_promoted_model(promoted_project: Project, tmp_path: Path) -> None:
+    dataset = read_dataset(promoted_project.folder / "data/fashion-mnist/test.safetensors")
+    Image.fromarray(dataset.images[0]).save(tmp_path / "first.png")
+    command = ["python", "-m", "commands.predict", "--json", str(tmp_path / "first.png")]
+    (slow,) = json.loads(promoted_project.run(*command).stdout)
+    (best,) = json.loads(promoted_project.run(*command, "--model", CHAMPION).stdout)
+    assert best["class"] == dataset.classes[dataset.labels[0]]
+    assert best["probability"] > slow["probability"]
+
+
+def test_the_onnx_file_says_what_evaluate_says(finished_project: Project, tmp_path: Path) -> None:
+    path = tmp_path / "lenet.onnx"
+    shown = finished_project.run("python", "-m", "commands.export", str(path))
+    assert "as PyTorch says on all 200 test images" in shown.stdout
+    assert shown.stderr == ""
+    table = pd.read_parquet(finished_project.folder / "metrics/predictions.parquet")
+    images = read_dataset(finished_project.folder / "data/fashion-mnist/test.safetensors").images
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (images[:1], images):
+        (probabilities,) = session.run(None, {"images": batch})
+        assert np.abs(probabilities - table.iloc[: len(batch), 3:].to_numpy()).max() < 1e-5
+    classes = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["classes"]
+    assert json.loads(classes) == list(table.columns[3:])
+
+
+def test_an_onnx_file_that_disagrees_is_not_written(
+    finished_project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished_project.folder
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(StageError, match="nothing is written"):
+        export.export(
+            tmp_path / "x.onnx",
+            folder / "models/lenet.safetensors",
+            folder / "data/fashion-mnist/test.safetensors",
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,140 @@
+"""What a person sees in the MLflow UI, in a real browser, of two real pipeline runs with different rates.
+
+Screenshots are kept below pytest's temporary folder; its path is in the report of a failure.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Project, Store, copy, free_port
+from playwright.sync_api import Page, sync_playwright
+
+SECONDS = 30  # for the UI to show something
+
+
+@pytest.fixture(scope="module")
+def watched_project(two_results: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return copy(two_results, tmp_path_factory.mktemp("ui"))
+
+
+@pytest.fixture(scope="module")
+def address(watched_project: Project) -> Iterator[str]:
+    """The UI, as `mlflow server` serves it on loopback."""
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    log = (watched_project.folder / "ui.log").open("wb")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            "sqlite:///mlflow.db",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ],
+        cwd=watched_project.folder,
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}/#/experiments/{Store(watched_project).experiment_id}"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1500, "height": 1100})
+        page.set_default_timeout(1000 * SECONDS)
+        yield page
+        browser.close()
+
+
+def test_the_experiment_page_shows_named_runs_and_what_they_are_for(
+    page: Page, address: str, watched_project: Project, tmp_path: Path
+) -> None:
+    slow, first = Store(watched_project).runs("train")
+    page.goto(f"{address}/runs?workflowType=machine_learning")
+    page.get_by_role("link", name="train slow lr=0.0001").wait_for()
+    page.screenshot(path=tmp_path / "runs.png")
+    names = [name for name in page.get_by_role("link").all_inner_texts() if re.match("fetch|train|evaluate", name)]
+    (fetch,) = Store(watched_project).runs("fetch")
+    assert names == ["train slow lr=0.0001", first.info.run_name, fetch.info.run_name], "evaluations are folded below"
+    assert page.get_by_text("Compare the train runs").is_visible()
+    page.get_by_role("link", name="train slow lr=0.0001").click()
+    page.get_by_text("A training of LeNet, with the test metrics of the model that it made").wait_for()
+    assert page.get_by_text(re.compile("Params: as in commit [0-9a-f]{8}, but lr=0.0001")).is_visible()
+    page.screenshot(path=tmp_path / "run.png")
+    assert slow.info.run_id in page.url
+
+
+def test_two_runs_compare_by_rate_accuracy_and_curves(
+    page: Page, address: str, watched_project: Project, tmp_path: Path
+) -> None:
+    runs = Store(watched_project).runs("train")
+    page.goto(f"{address}/runs?workflowType=machine_learning")
+    page.get_by_role("link", name="train slow lr=0.0001").wait_for()
+    for run in runs:
+        page.get_by_role("row").filter(has=page.get_by_role("link", name=run.info.run_name)).get_by_role(
+            "checkbox"
+        ).first.click()
+    page.get_by_role("button", name="Compare").or_(page.get_by_role("link", name="Compare")).first.click()
+    page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+    page.get_by_role("row").filter(has_text="train.lr").first.wait_for()
+    page.screenshot(path=tmp_path / "compare.png", full_page=True)
+    shown = page.get_by_role("row").filter(has_text="train.lr").first.inner_text().split()
+    assert sorted(shown) == ["0.0001", "0.01", "train.lr"]
+    text = page.locator("body").inner_text()
+    for run in runs:
+        accuracy = run.data.metrics["test_accuracy"]
+        assert re.search(rf"^{accuracy:g}$", text, re.MULTILINE), accuracy
+    page.get_by_role("link", name="train_loss").first.click()
+    page.locator(".js-plotly-plot path.js-line").nth(1).wait_for()
+    page.screenshot(path=tmp_path / "curves.png")
+    for run in runs:
+        assert page.get_by_text(run.info.run_name).first.is_visible()
+
+
+def test_the_model_page_shows_the_test_metric_of_exactly_this_model(
+    page: Page, address: str, watched_project: Project, tmp_path: Path
+) -> None:
+    weights = watched_project.md5s()["models/lenet.safetensors"]
+    evaluated = json.loads((watched_project.folder / "metrics/evaluate.json").read_text())
+    page.goto(f"{address}/models?workflowType=machine_learning")
+    page.get_by_role("link", name=f"lenet-{weights[:8]}").click()
+    row = page.get_by_role("row").filter(has_text="test_accuracy")
+    row.wait_for()
+    page.screenshot(path=tmp_path / "model.png")
+    assert str(evaluated["test_accuracy"]) in row.inner_text()
+    assert "fashion-mnist/test" in row.inner_text()
+    assert page.get_by_text("dvc.yaml:train").first.is_visible()
+    assert page.get_by_text("Images uint8 (N, 28, 28), white on black").first.is_visible()
