@@ -184,12 +184,12 @@ def show(comparison: Mapping[str, Any], a: str, b: str, markdown: bool) -> None:
         ("params that differ", [(key, _text(row["a"]), _text(row["b"])) for key, row in comparison["params"].items()]),
         (
             "metrics",
-            [(key, _text(row["a"]), _text(row["b"]), _change(row)) for key, row in comparison["metrics"].items()],
+            [(key, _number(row["a"]), _number(row["b"]), _change(row)) for key, row in comparison["metrics"].items()],
         ),
         (
-            "test accuracy of the classes that moved most",
+            "classes that moved most, by test accuracy",
             [
-                (row["class"], _text(row["a"]), _text(row["b"]), f"{row['b'] - row['a']:+.4f}")
+                (row["class"], _number(row["a"]), _number(row["b"]), f"{row['b'] - row['a']:+.4f}")
                 for row in comparison["classes"][:MOVED]
                 if row["a"] != row["b"]
             ],
@@ -211,7 +211,8 @@ def show(comparison: Mapping[str, Any], a: str, b: str, markdown: bool) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for title, rows in tables:
         if rows:
-            table = Table(title=title, title_justify="left", title_style="bold")
+            console.print(f"[bold]{title}[/bold]")
+            table = Table()
             for name, justify in (("", "left"), (a, "right"), (b, "right"), ("change", "right")):
                 if name != "change" or len(rows[0]) == 4:
                     table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -223,13 +224,11 @@ def show(comparison: Mapping[str, Any], a: str, b: str, markdown: bool) -> None:
 
 
 def _text(value: Any) -> str:
-    return (
-        f"{value:.4f}"
-        if isinstance(value, float) and not 0 < abs(value) < 0.01
-        else "-"
-        if value is None
-        else str(value)
-    )
+    return "-" if value is None else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _change(row: Mapping[str, float | None]) -> str:
