@@ -163,7 +163,7 @@ class Store:
         if commit:
             tags |= {"mlflow.source.git.commit": commit, "git.dirty": "true" if patch else "false"}
         changes = changed_params(self.pipeline, record)
-        tags["mlflow.note.content"] = note(record, changes, commit)
+        tags["mlflow.note.content"] = note(record, changes)
         what = [os.environ.get("DVC_EXP_NAME", ""), *changes[:3], "…" if len(changes) > 3 else ""]
         name = " ".join([record.stage, *(filter(None, what) if any(what) else [record.fingerprint[:8]])])
         run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
@@ -411,11 +411,10 @@ def changed_params(pipeline: Pipeline, record: Record) -> list[str]:
     return [f"{key.removeprefix(f'{record.stage}.')}={value}" for key, value in changes.items()]
 
 
-def note(record: Record, changes: list[str], commit: str) -> str:
+def note(record: Record, changes: list[str]) -> str:
     """The description that the run's page shows, in Markdown."""
-    against = f"commit {commit[:8]}" if commit else "no commit"
-    lines = [WHAT[record.stage], f"Params: as in {against}" + (f", but {', '.join(changes)}." if changes else ".")]
-    return "\n\n".join([*lines, "`python -m commands.lineage RUN_ID` leads to its bytes and brings them back."])
+    params = f"Params: as committed{', but ' + ', '.join(changes) if changes else ''}."
+    return "\n\n".join([WHAT[record.stage], params, "`python -m commands.lineage RUN_ID` brings its bytes back."])
 
 
 def artifact_path(path: str) -> str | None:

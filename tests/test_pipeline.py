@@ -184,7 +184,8 @@ def test_plots_show_and_plots_diff_render_all(two_results: Project) -> None:
         page = two_results.dvc("plots", *arguments, "--out", f"plots_{arguments[0]}").stdout.strip().splitlines()[-1]
         folder = Path(re.sub("^file://", "", page)).parent
         html = (folder / "index.html").read_text()
-        assert {"Loss", "Accuracy"} <= set(re.findall(r'"title": "(\w+)"', html))
+        assert '"Loss"' in html
+        assert '"Accuracy"' in html
         pictures = sorted(path.name for path in (folder / "static").glob("*.png"))
         assert len(pictures) == sides * len(PICTURES)
         for name in PICTURES:

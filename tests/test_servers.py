@@ -151,11 +151,11 @@ def test_a_server_that_goes_down_in_the_middle_costs_one_warning_and_the_record_
     project: Project, server: Server
 ) -> None:
     project.set("train.seed", 3)
-    project.set("train.epochs", 6)
+    project.set("train.epochs", 12)
     project.set("train.batch_size", 2)
 
     def stop(line: str) -> None:
-        if line.startswith("epoch 4/"):
+        if line.startswith("epoch 10/"):  # by then the run has begun
             server.stop()
 
     outcome = repro(project, server.uri, stop)
@@ -172,7 +172,7 @@ def test_a_server_that_goes_down_in_the_middle_costs_one_warning_and_the_record_
     (completed,) = client.search_runs([experiment.experiment_id], of_this_seed)
     assert (completed.info.run_id, completed.info.status) == (cut.info.run_id, "FINISHED")
     points = client.get_metric_history(cut.info.run_id, "train_loss")
-    assert [point.step for point in points] == list(range(1, 7))
+    assert [point.step for point in points] == list(range(1, 13))
 
 
 def test_a_read_only_store_costs_one_warning(project: Project) -> None:

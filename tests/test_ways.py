@@ -80,7 +80,7 @@ def test_experiments_in_the_workspace_and_in_a_temporary_folder(project: Project
     store = Store(project)
     elsewhere, here, _ = store.runs("evaluate")
     for run, name, size in ((here, "here", "50"), (elsewhere, "elsewhere", "40")):
-        assert run.info.run_name == f"evaluate {name}"
+        assert run.info.run_name == f"evaluate {name} batch_size={size}"
         assert (run.data.tags["dvc.exp_name"], run.data.tags["dvc.exp_baseline_rev"]) == (name, head)
         assert (run.data.params["evaluate.batch_size"], run.info.status) == (size, "FINISHED")
         assert run.data.tags["mlflow.parentRunId"] == store.run("train").info.run_id
