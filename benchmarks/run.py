@@ -194,7 +194,7 @@ def measure_cold(bench: Bench) -> list[Row]:
         plain_loop.append(sum(epoch["epoch_seconds"] for epoch in epochs))
         plain_rate.append(5 * 60_000 / plain_loop[-1])
         plain_peak.append(epochs[-1]["peak_mib"])
-        for _ in range(3):
+        for _ in range(2):
             cold.append(bench.time(["dvc", "repro"], bench.copy()))
             untracked.append(bench.time(["dvc", "repro"], bench.copy(tracking=False)))
         loop, peak, _ = bench.train(validation_size=0)

@@ -167,13 +167,17 @@ class Store:
         what = [os.environ.get("DVC_EXP_NAME", ""), *changes[:3], "…" if len(changes) > 3 else ""]
         name = " ".join([record.stage, *(filter(None, what) if any(what) else [record.fingerprint[:8]])])
         run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
-        self.client.log_batch(run_id, params=[Param(key, value) for key, value in param_values(record).items()])
-        self._log_datasets(run_id, record)
+        self._log_inputs(run_id, record)
         if patch:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / PATCH).write_bytes(patch)
                 self.client.log_artifact(run_id, f"{folder}/{PATCH}")
         return run_id
+
+    def _log_inputs(self, run_id: str, record: Record) -> None:
+        """Log params and data sets; what the run has already stays as it is."""
+        self.client.log_batch(run_id, params=[Param(key, value) for key, value in param_values(record).items()])
+        self._log_datasets(run_id, record)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0, **links: Any) -> None:
         now = int(time.time() * 1000)
@@ -321,7 +325,11 @@ class Store:
             if run and (parent is None or run.data.tags.get("mlflow.parentRunId") == parent.info.run_id):
                 return None
             left = [run for run in self.search(_identity(record), "RUNNING") if not _is_alive(run)]
-            run_id = left[0].info.run_id if left else self.begin(record, parent, int(time.time() * 1000), None)
+            if left:
+                run_id = left[0].info.run_id
+                self._log_inputs(run_id, record)  # it may have been cut off before
+            else:
+                run_id = self.begin(record, parent, int(time.time() * 1000), None)
             self.client.set_tag(run_id, "restored", "true")
             self.complete(run_id, record)
             return run_id

@@ -141,3 +141,17 @@ def test_credentials_in_the_store_s_address_are_not_told(project: Project) -> No
     assert result.returncode == 1
     assert "127.0.0.1" in result.stderr
     assert "secret" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_cut_off_right_after_it_was_created_is_completed(stage: str, project: Project) -> None:
+    store = Store(project)
+    whole = store.run(stage)
+    expected = content(store, whole)
+    begun = {key: value for key, value in whole.data.tags.items() if not key.startswith("dvc.outs.")}
+    store.client.delete_run(whole.info.run_id)
+    cut = store.client.create_run(store.experiment_id, tags=begun, run_name=whole.info.run_name)
+    sync(project)
+    completed = store.run(stage)
+    assert completed.info.run_id == cut.info.run_id
+    assert content(store, completed) == expected
