@@ -19,7 +19,7 @@ repro: .venv/installed  ## run what a change affects, then show the metrics
 test: .venv/installed  ## run the tests
 	@pytest tests/
 
-bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else at work
+bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 15 minutes, with nothing else at work
 	@dvc repro fetch
 	@python -m benchmarks.run
 
