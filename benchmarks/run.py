@@ -1,6 +1,6 @@
 """Measure the pipeline against the plain PyTorch program, side by side: python -m benchmarks.run, or make bench.
 
-Prints a table and writes it to benchmarks/RESULTS.md, above the notes that stand there. Takes some 20 minutes; let
+Prints a table and writes it to benchmarks/RESULTS.md, above the notes that stand there. Takes some 15 minutes; let
 nothing else run. What is compared is run in turn, A B A B …, so that a machine that speeds up or slows down does so
 for both.
 """
@@ -285,14 +285,10 @@ def measure_store(bench: Bench) -> Row:
     shutil.copyfile(few, many)
     fill(f"sqlite:///{many}")
     params = load_yaml(folder / "params.yaml")
-    start = {"event": "start", "stage": "evaluate", "folder": str(folder), "params": params, "time": 0, "pid": 0}
-    events = "".join(
-        json.dumps(event) + "\n"
-        for event in (
-            {**start, "time": int(time.time() * 1000), "pid": os.getpid()},
-            {"event": "end", "status": "FINISHED"},
-        )
-    )
+    now = int(time.time() * 1000)
+    start = {"event": "start", "stage": "evaluate", "folder": str(folder), "params": params, "time": now}
+    end = {"event": "end", "status": "FINISHED"}
+    events = "".join(json.dumps(event) + "\n" for event in (start | {"pid": os.getpid()}, end))
     seconds: dict[Path, list[float]] = {few: [], many: []}
     for _ in tqdm(range(8), "2,000 runs"):
         for store, values in seconds.items():

@@ -125,6 +125,7 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
     only_a, only_b = int((hits_a & ~hits_b).sum()), int((hits_b & ~hits_a).sum())
     low, high = interval(only_a, only_b, len(labels))
     p = float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    found = verdict(only_a, only_b, p)
     classes = list(a.predictions.columns[3:])
     moved = [
         {"class": name, "a": float(hits_a[labels == label].mean()), "b": float(hits_b[labels == label].mean())}
@@ -135,8 +136,8 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
     return {
         "a": a.name,
         "b": b.name,
-        "verdict": verdict(only_a, only_b, p),
-        "sentence": sentence(a.name, b.name, only_a, only_b, p, low, high),
+        "verdict": found,
+        "sentence": sentence(a.name, b.name, found, p, low, high),
         "params": {
             key: {"a": a.params.get(key), "b": b.params.get(key)}
             for key in sorted(a.params.keys() | b.params.keys())
@@ -168,8 +169,7 @@ def verdict(only_a: int, only_b: int, p: float) -> str:
     return "better" if only_b > only_a else "worse"
 
 
-def sentence(a: str, b: str, only_a: int, only_b: int, p: float, low: float, high: float) -> str:
-    found = verdict(only_a, only_b, p)
+def sentence(a: str, b: str, found: str, p: float, low: float, high: float) -> str:
     chance = f"p {'< 0.0001' if p < 0.0001 else f'= {p:.4f}'}"
     if found == "no evidence of a difference":
         most = max(abs(low), abs(high))
@@ -189,7 +189,7 @@ def show(comparison: Mapping[str, Any], a: str, b: str, markdown: bool) -> None:
         (
             "classes that moved most, by test accuracy",
             [
-                (row["class"], _number(row["a"]), _number(row["b"]), f"{row['b'] - row['a']:+.4f}")
+                (row["class"], _number(row["a"]), _number(row["b"]), _change(row))
                 for row in comparison["classes"][:MOVED]
                 if row["a"] != row["b"]
             ],

@@ -63,8 +63,6 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
                 with contextlib.suppress(AttributeError, KeyError, TypeError):  # metadata may be damaged
                     image = ImageOps.exif_transpose(file)  # a photo that was taken sideways
                 grey = _grey(image)
-    except StageError:
-        raise
     except UnidentifiedImageError:
         raise StageError(f"{path}: expected a PNG or JPEG image, found something else") from None
     except OSError as error:

@@ -59,12 +59,8 @@ WHAT = {
     "evaluate": "An evaluation, on every test image, of the model of the run above it.",
 }
 MODEL = "Images uint8 (N, 28, 28), white on black, to the class of each and the probability of every class."
-HEADLINE = (
-    "test_accuracy",
-    "test_loss",
-    "test_macro_f1",
-    "test_ece",
-)  # evaluate's metrics that its train run shows as well
+# evaluate's metrics that its train run shows as well
+HEADLINE = ("test_accuracy", "test_loss", "test_macro_f1", "test_ece")
 PATCH = "code.patch"  # the artifact of a run of a dirty tree
 SERVING_PACKAGES = ("mlflow", "numpy", "safetensors", "torch")
 
@@ -164,8 +160,9 @@ class Store:
             tags |= {"mlflow.source.git.commit": commit, "git.dirty": "true" if patch else "false"}
         changes = changed_params(self.pipeline, record)
         tags["mlflow.note.content"] = note(record, changes)
-        what = [os.environ.get("DVC_EXP_NAME", ""), *changes[:3], "…" if len(changes) > 3 else ""]
-        name = " ".join([record.stage, *(filter(None, what) if any(what) else [record.fingerprint[:8]])])
+        experiment = os.environ.get("DVC_EXP_NAME")
+        what = [*([experiment] if experiment else []), *changes[:3], *(["…"] if len(changes) > 3 else [])]
+        name = " ".join([record.stage, *(what or [record.fingerprint[:8]])])
         run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
         self._log_inputs(run_id, record)
         if patch:
