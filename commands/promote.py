@@ -61,7 +61,9 @@ def promote(store: "Store", run: "Run", force: bool) -> None:
     client = store.client
     try:
         champion = client.get_model_version_by_alias(NAME, ALIAS)
-    except MlflowException:  # nothing was promoted yet
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+            raise
         champion = None
     if champion and champion.run_id == run.info.run_id:
         print(f"{run.info.run_name} is the {ALIAS} already: {NAME} version {champion.version}")
