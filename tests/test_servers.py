@@ -188,30 +188,31 @@ def test_a_read_only_store_costs_one_warning(project: Project) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a database in a PostgreSQL of its own, which listens on loopback."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    bin_folder, folder, port = found[-1].parent, tmp_path_factory.mktemp("postgres"), free_port()
+    bin_folder, port = found[-1].parent, free_port()
     user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
-    if user:
-        shutil.chown(folder, "postgres")
-        for parent in folder.parents:
-            if parent.stat().st_uid == os.geteuid() and str(parent).startswith(tempfile.gettempdir() + "/"):
-                parent.chmod(0o755)
+    # Not below pytest's folder, which each start of pytest closes to other users.
+    with tempfile.TemporaryDirectory() as folder:
+        if user:
+            shutil.chown(folder, user)
 
-    def run(program: str, *arguments: str) -> None:
-        command = [str(bin_folder / program), *arguments]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, user=user)
+        def run(program: str, *arguments: str) -> None:
+            command = [str(bin_folder / program), *arguments]
+            subprocess.run(
+                command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, user=user
+            )
 
-    data = str(folder / "data")
-    run("initdb", "-D", data, "-U", "mlflow", "--auth", "trust")
-    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
-    run("pg_ctl", "-D", data, "-l", str(folder / "log"), "-o", options, "--wait", "start")
-    run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow")
-    yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
-    run("pg_ctl", "-D", data, "--mode", "immediate", "stop")
+        data = f"{folder}/data"
+        run("initdb", "-D", data, "-U", "mlflow", "--auth", "trust")
+        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
+        run("pg_ctl", "-D", data, "-l", f"{folder}/log", "-o", options, "--wait", "start")
+        run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow")
+        yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
+        run("pg_ctl", "-D", data, "--mode", "immediate", "stop")
 
 
 def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project, postgres: str, tmp_path: Path) -> None:
