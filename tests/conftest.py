@@ -28,6 +28,25 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from mlflow.entities import Run
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--stress", action="store_true", help="run the long forms of the reliability tests")
+
+
+@pytest.fixture(scope="session")
+def stress(request: pytest.FixtureRequest) -> bool:
+    """Whether to run the long form of a test."""
+    return request.config.getoption("--stress")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the figures that tests recorded with `record_property`, such as how many kills were survived."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            terminalreporter.write_line(f"{value:>7,} {name} ({report.nodeid})")
+
+
 TRAIN_SIZE, TEST_SIZE = 600, 200
 
 
