@@ -6,7 +6,6 @@ python -m stages.evaluate data/fashion-mnist/test.safetensors models/lenet.safet
 """
 
 import argparse
-import gc
 import io
 import math
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from typing import Any
 from stages import stage, tracking
 
 if __name__ == "__main__":
-    gc.disable()  # what is imported stays: nothing of it is garbage
+    stage.prepare()
     tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np

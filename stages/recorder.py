@@ -1,7 +1,8 @@
 """The process that writes a stage's MLflow run, started by stages/tracking.py.
 
-Reads events, one JSON object a line, from standard input. Where they end without an `end`, the stage was killed, and
-so the run is. Prints `ready` when the run is there. Where the store fails, says so in one line and exits with 1.
+Reads events, one JSON object a line, from standard input. Where they end without an `end`, or the stage is gone before
+all is written, the stage was killed, and so the run is. Prints `ready` when the run is there. Where the store fails,
+says so in one line and exits with 1.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from stages.stage import SIGNALS
 from stages.store import Store, describe, quiet
 
 
@@ -22,11 +24,13 @@ def record(events: Iterator[str]) -> None:
     if first is None:  # the stage ended before it began its run
         return
     start = json.loads(first)
+    pid = start["pid"]
     store = Store(Path(start["folder"]))
     store.restore_upstream(start["stage"])
     store.close_dead()
     current = store.pipeline.starting(start["stage"], start["params"])
-    run_id = store.begin(current, store.parent(current), start["time"], start["pid"])
+    run_id = store.begin(current, store.parent(current), start["time"], pid)
+    logged = store.steps(run_id)
     with contextlib.suppress(BrokenPipeError):  # the stage may be dead by now
         os.write(sys.stdout.fileno(), b"ready\n")
     status = "KILLED"
@@ -34,19 +38,20 @@ def record(events: Iterator[str]) -> None:
         match json.loads(line):
             case {"event": "tag", "key": key, "value": value}:
                 store.client.set_tag(run_id, key, value)
-            case {"event": "metrics", "metrics": metrics, "step": step}:
+            case {"event": "metrics", "metrics": metrics, "step": step} if step not in logged:
                 store.log_metrics(run_id, {key: value for key, value in metrics.items() if key != "epoch"}, step)
             case {"event": "end", "status": status}:
                 break
     if status == "FINISHED":
         outs = store.pipeline.hash(store.pipeline.outs(current.stage))
         store.complete(run_id, replace(current, outs=outs))
-    else:
-        store.client.set_terminated(run_id, status)
+        if os.getppid() != pid:  # the stage waits for this: DVC has not seen it succeed, and will run it again
+            status = "KILLED"
+    store.close(run_id, status, pid)
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when the stage does
+    for number in SIGNALS:  # it ends when the stage does
         signal.signal(number, signal.SIG_IGN)
     quiet()
     try:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class StageError(Exception):
     """A mistake of the user or a fault of the world, as one line: expected, found, what to do."""
@@ -52,6 +54,15 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     write(path, text.getvalue().encode())
 
 
+def prepare() -> None:
+    """Before imports that take a second: pause the garbage collector, and hold signals back, until `run`.
+
+    What is imported stays, so that nothing of it is garbage; and a signal would end an import in a traceback.
+    """
+    gc.disable()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and exit: 0, 1 after a StageError's line, or 128 + the signal that ended it.
 
@@ -64,12 +75,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         received[0] = signal.Signals(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGHUP, interrupt)
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     gc.freeze()
     gc.enable()
     succeeded = False
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         main()
         succeeded = True
     except StageError as error:
@@ -89,7 +101,7 @@ def _restore_outs(name: str) -> None:
     DVC removes a stage's outs before it runs the stage. After a mistake in params.yaml the last good model
     should not be gone. `dvc checkout` would leave out the metrics files, which git keeps.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

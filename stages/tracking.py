@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.params import read_values
 from stages.stage import StageError
 
 END_SECONDS = 60  # how long a stage that is done waits for its recorder
@@ -41,6 +40,8 @@ class Run:
 
     def __init__(self, stage: str) -> None:
         """Begin the run. Raises StageError where tracking is strict and the store cannot be used."""
+        from stages.params import read_values  # here, so that start_recorder need not wait for its imports
+
         self._strict = os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false")
         self._lost = False
         self._recorder = start_recorder()
