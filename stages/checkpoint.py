@@ -4,6 +4,7 @@ It lies in .dvc/tmp/checkpoints of the project, under a hash of all that decides
 code, the versions and the hardware. So one of anything else is never used, and the folder may be deleted at any time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,7 +70,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Remove the file: what it was for is done."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # one that stays does no harm
+            self.path.unlink()
 
 
 def _key(params: Train, dataset: Dataset, device: torch.device) -> str:

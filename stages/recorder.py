@@ -1,8 +1,9 @@
 """The process that writes a stage's MLflow run, started by stages/tracking.py.
 
-Reads events, one JSON object a line, from standard input. Where they end without an `end`, or the stage is gone before
-all is written, the stage was killed, and so the run is. Prints `ready` when the run is there. Where the store fails,
-says so in one line and exits with 1.
+Reads events, one JSON object a line, from standard input, and answers on standard output: `ready` when the run is
+there, `complete` when all is in it. The run is FINISHED only once the stage then says that it succeeded: where the
+events end before that, the stage was killed, and so is the run. Where the store fails, says so in one line and exits
+with 1.
 """
 
 import contextlib
@@ -31,8 +32,7 @@ def record(events: Iterator[str]) -> None:
     current = store.pipeline.starting(start["stage"], start["params"])
     run_id = store.begin(current, store.parent(current), start["time"], pid)
     logged = store.steps(run_id)
-    with contextlib.suppress(BrokenPipeError):  # the stage may be dead by now
-        os.write(sys.stdout.fileno(), b"ready\n")
+    say("ready")
     status = "KILLED"
     for line in events:
         match json.loads(line):
@@ -45,9 +45,15 @@ def record(events: Iterator[str]) -> None:
     if status == "FINISHED":
         outs = store.pipeline.hash(store.pipeline.outs(current.stage))
         store.complete(run_id, replace(current, outs=outs))
-        if os.getppid() != pid:  # the stage waits for this: DVC has not seen it succeed, and will run it again
+        say("complete")
+        if next(events, None) is None:  # DVC has not seen it succeed, and will run it again
             status = "KILLED"
     store.close(run_id, status, pid)
+
+
+def say(word: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the stage may be dead by now
+        os.write(sys.stdout.fileno(), f"{word}\n".encode())
 
 
 def main() -> None:
