@@ -1,9 +1,9 @@
 """The process that writes a stage's MLflow run, started by stages/tracking.py.
 
 Reads events, one JSON object a line, from standard input, and answers on standard output: `ready` when the run is
-there, `complete` when all is in it. The run is FINISHED only once the stage then says that it succeeded: where the
-events end before that, the stage was killed, and so is the run. Where the store fails, says so in one line and exits
-with 1.
+there, `complete` when all is in it, `closed` when it has ended. It is FINISHED only once the stage says that it
+succeeded: where the events end before that, the stage was killed, and so is the run. Where the store fails, says so in
+one line and exits with 1.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from stages.stage import SIGNALS
+from stages.stage import SIGNALS, leave
 from stages.store import Store, describe, quiet
 
 
@@ -49,6 +49,7 @@ def record(events: Iterator[str]) -> None:
         if next(events, None) is None:  # DVC has not seen it succeed, and will run it again
             status = "KILLED"
     store.close(run_id, status, pid)
+    say("closed")
 
 
 def say(word: str) -> None:
@@ -64,6 +65,7 @@ def main() -> None:
         record(sys.stdin)
     except Exception as error:  # whatever it is, the stage should tell it in one line
         sys.exit(f"warning: {describe(error)}; `make sync` records this when it can")
+    leave()
 
 
 if __name__ == "__main__":

@@ -134,9 +134,9 @@ class Store:
         return runs[0] if runs else None
 
     def unfinished(self, record: Record) -> Run | None:
-        """The newest run of this very execution, with the same versions, that was cut off before its end."""
-        runs = self.search(_identity(record) | _version_tags(), "KILLED")
-        runs += [run for run in self.search(_identity(record) | _version_tags(), "RUNNING") if not _is_alive(run)]
+        """The newest run of this very execution, here and with the same versions, that was cut off before its end."""
+        tags = _identity(record) | _version_tags() | {"process.host": socket.gethostname()}
+        runs = self.search(tags, "KILLED") + [run for run in self.search(tags, "RUNNING") if not _is_alive(run)]
         values = param_values(record)  # they may have been cut off, too; those of stages before this one may differ
         runs = [run for run in runs if run.data.params.items() <= values.items()]
         return max(runs, key=lambda run: run.info.start_time, default=None)

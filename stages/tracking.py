@@ -74,13 +74,9 @@ class Run:
             self._send(event="succeeded")
         if self._lost:
             self._recorder.kill()  # it must not take the missing end for a killed stage
-        with contextlib.suppress(OSError):
-            self._events.close()
-        try:
-            recorded = self._recorder.wait(max(deadline - time.monotonic(), 1)) == 0
-        except subprocess.TimeoutExpired:
+        recorded = self._hears("closed", deadline)
+        if not recorded and time.monotonic() >= deadline:
             self._recorder.kill()
-            recorded = False
             print(f"warning: MLflow took over {END_SECONDS} s; `make sync` completes the record", file=sys.stderr)
         if self._strict and not recorded:
             raise StageError("MLflow has not recorded this run, and TRACKING_STRICT is set")

@@ -5,9 +5,11 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -95,7 +97,18 @@ def said(words: str) -> Callable[[Path], bool]:
     return lambda output: words in output.read_text()
 
 
-def assert_as_if_nothing_had_been(project: Project, reference: dict[str, str]) -> None:
+def finished(project: Project, stage: str) -> int:
+    """How many runs of the stage are FINISHED."""
+    query = "SELECT count(*) FROM runs WHERE status = 'FINISHED' AND name LIKE ?"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{project.folder}/mlflow.db?mode=ro", uri=True)) as database:
+            return database.execute(query, (f"{stage} %",)).fetchone()[0]
+    except sqlite3.OperationalError:  # there is no store yet, or it has no tables
+        return 0
+
+
+def assert_as_if_nothing_had_been(project: Project, reference: dict[str, str], too_late: Counter[str]) -> None:
+    """`too_late` counts the kills of each stage that came when it had succeeded, before DVC could note it."""
     assert project.md5s() == reference
     assert {path: md5(project.folder / path) for path in reference} == reference
     assert not [path for path in project.folder.rglob("*.tmp") if ".git" not in path.parts]
@@ -103,11 +116,12 @@ def assert_as_if_nothing_had_been(project: Project, reference: dict[str, str]) -
     store = Store(project)
     for stage in STAGES:
         statuses = [run.info.status for run in store.runs(stage)]
-        assert statuses.count("FINISHED") == 1, (stage, statuses)
+        assert statuses.count("FINISHED") == 1 + too_late[stage], (stage, statuses)
         assert set(statuses) <= {"FINISHED", "KILLED"}, (stage, statuses)
-    (train,) = [run for run in store.runs("train") if run.info.status == "FINISHED"]
     epochs = load_yaml(project.folder / "params.yaml")["train"]["epochs"]
-    assert sorted(step for step, _ in store.curve(train, "train_loss")) == list(range(1, epochs + 1))
+    for train in store.runs("train"):
+        steps = sorted(step for step, _ in store.curve(train, "train_loss"))
+        assert steps == list(range(1, epochs + 1)) or train.info.status == "KILLED"
     assert project.run("python", "-m", "commands.audit", check=False).returncode == 0
 
 
@@ -121,16 +135,18 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
     """Each round: a new project is killed in fetch, then in train, then in evaluate, and then repro has its way."""
     kills = 0
     for number in range(24 if stress else 1):
-        rng = random.Random(number)
+        rng, too_late = random.Random(number), Counter[str]()
         project = copy(fresh_project, tmp_path / str(number))
         for place, stage in enumerate(STAGES):
             how = SIGNALS[(number + place) % 3]
             whom = rng.choice([only_the_stage, the_foreground, *([everything] if how == signal.SIGKILL else [])])
             seconds = rng.uniform(0, LONGEST[stage])
             print(f"round {number}: {how.name} to {whom.__name__} {seconds:.2f} s after the start of {stage}")
-            kills += kill(project, stage, how, whom, after(seconds))
+            if kill(project, stage, how, whom, after(seconds)):
+                kills += 1
+                too_late[stage] = finished(project, stage)
         assert "fetch" not in project.repro()  # train began: what was fetched is not fetched again
-        assert_as_if_nothing_had_been(project, finished_project.md5s())
+        assert_as_if_nothing_had_been(project, finished_project.md5s(), too_late)
     record_property("kills survived", kills)
     assert kills >= (60 if stress else 2)
 
