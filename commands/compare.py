@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.stage import StageError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -97,7 +99,7 @@ def _read_run(run_id: str) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             path = store.client.download_artifacts(evaluation.info.run_id, Path(PREDICTIONS).name, folder)
             predictions = pd.read_parquet(path)
-    except (mlflow.MlflowException, OSError) as error:
+    except (mlflow.MlflowException, OSError, StageError) as error:
         sys.exit(f"error: expected a train or evaluate run, found {run_id}: {describe(error)}")
     params = {key: _value(value) for key, value in evaluation.data.params.items()}
     metrics = {key: value for key, value in evaluation.data.metrics.items() if key.startswith("test_")}

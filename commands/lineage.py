@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.pipeline import md5
+from stages.stage import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -40,7 +41,7 @@ def main() -> None:
         run = find_run(store, args.target)
         digest = md5(Path(args.target)) if Path(args.target).is_file() else args.target
         users = {} if run else store.users(digest)
-    except MlflowException as error:
+    except (MlflowException, StageError) as error:
         sys.exit(f"error: {describe(error)}")
     if run:
         show_run(store, run, args.restore)

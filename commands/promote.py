@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.compare import compare, read_result
+from stages.stage import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -37,7 +38,7 @@ def main() -> None:
     try:
         store = Store(Path.cwd())
         promote(store, find_run(store, args.run), args.force)
-    except MlflowException as error:
+    except (MlflowException, StageError) as error:
         sys.exit(f"error: {describe(error)}")
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import csv
 import gc
+import hashlib
 import io
 import json
 import os
-import shutil
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,53 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue().encode())
+
+
+def check_inputs(*paths: Path) -> None:
+    """Raise StageError where DVC runs the stage on a file that is not what dvc.lock says another stage made.
+
+    DVC does not read what it takes from its cache: a file that was damaged there would pass for the right one.
+    """
+    lock = Path("dvc.lock")
+    if "DVC_STAGE" not in os.environ or not lock.exists():
+        return
+    from ruamel.yaml import YAML
+
+    stages = YAML(typ="safe").load(lock)["stages"].values()
+    locked = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
+    for path in paths:
+        expected = locked.get(path.as_posix())
+        found = md5(path) if path.exists() else "nothing"
+        if expected not in (None, found):
+            cached = cache_path(expected)
+            cure = remove(path, cached) if is_damaged(cached) else remove(path)
+            raise StageError(
+                f"{path}: expected MD5 {expected}, as dvc.lock says, found {found}; `{cure}`, then `dvc repro`"
+            )
+
+
+def md5(path: Path) -> str:
+    """MD5 of a file, in hexadecimal, as DVC records it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def cache_path(digest: str) -> Path:
+    """Where DVC's cache has the file with this MD5, if it has it."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        return Path(repo.cache.local.oid_to_path(digest))
+
+
+def is_damaged(cached: Path) -> bool:
+    """Whether the file is in DVC's cache, but not as its name, which is its MD5, says."""
+    return cached.exists() and md5(cached) != cached.parent.name + cached.name
+
+
+def remove(*paths: Path) -> str:
+    """The command that removes these files."""
+    return shlex.join(["rm", "-f", *map(str, paths)])
 
 
 def prepare() -> None:
@@ -104,7 +152,7 @@ def leave() -> NoReturn:
 
 
 def _restore_outs(name: str) -> None:
-    """Copy the outs that dvc.lock records for the stage from DVC's cache, where it has them, to their places.
+    """Copy the outs that dvc.lock records for the stage from DVC's cache, where it has them whole, to their places.
 
     DVC removes a stage's outs before it runs the stage. After a mistake in params.yaml the last good model
     should not be gone. `dvc checkout` would leave out the metrics files, which git keeps.
@@ -119,7 +167,9 @@ def _restore_outs(name: str) -> None:
             for stage in repo.stage.collect(name):
                 for out in stage.outs:
                     cached = out.hash_info and Path(repo.cache.local.oid_to_path(out.hash_info.value))
-                    if cached and cached.exists():
-                        shutil.copyfile(cached, out.fs_path)
-    except (DvcException, OSError) as error:
-        print(f"could not put back the former outs: {error}; `dvc checkout {name}` does it", file=sys.stderr)
+                    if cached and is_damaged(cached):
+                        print(f"did not put back {out}: DVC's copy is damaged; `{remove(cached)}`", file=sys.stderr)
+                    elif cached and cached.exists():
+                        write(Path(out.fs_path), cached.read_bytes())
+    except (DvcException, OSError, StageError) as error:
+        print(f"could not put back the former outs, as `dvc checkout {name}` does: {error}", file=sys.stderr)

@@ -45,6 +45,7 @@ from ruamel.yaml import YAML, YAMLError
 from safetensors import safe_open
 
 from stages.pipeline import Pipeline, Record, flatten, md5
+from stages.stage import StageError
 
 gc.enable()
 gc.freeze()
@@ -82,8 +83,9 @@ class Store:
         served = mlflow.get_tracking_uri().startswith("http")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         # Processes that create an SQLite store at the same time break each other's migrations, and two stages that
-        # find the same record missing would both make it.
-        lock = root / ".dvc" / "tmp" / "mlflow.lock"
+        # find the same record missing would both make it. Several projects may share a database.
+        database = re.match("sqlite:///([^?]+)", mlflow.get_tracking_uri())
+        lock = Path(f"{database[1]}.lock") if database else root / ".dvc" / "tmp" / "mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(lock, timeout=60)
         with self.lock:
@@ -131,6 +133,8 @@ class Store:
     def find(self, record: Record) -> Run | None:
         """The newest finished run of this very execution: same command, deps, params and outs."""
         runs = self.search(_identity(record) | _hash_tags("outs", record.outs), "FINISHED")
+        if parent := self.parent(record):  # before newer ones: the clock may have been wrong
+            runs.sort(key=lambda run: run.data.tags.get("mlflow.parentRunId") != parent.info.run_id)
         return runs[0] if runs else None
 
     def unfinished(self, record: Record) -> Run | None:
@@ -217,7 +221,12 @@ class Store:
         """End the run of the stage with this process; where a later process goes on with the run, leave it alone."""
         with self.lock:
             if self.client.get_run(run_id).data.tags["process.pid"] == str(pid):
-                self.client.set_terminated(run_id, status)
+                self._terminate(run_id, status)
+
+    def _terminate(self, run_id: str, status: str) -> None:
+        """End a run now or, where the clock was set back to before its start, at its start."""
+        start_time = self.client.get_run(run_id).info.start_time
+        self.client.set_terminated(run_id, status, max(start_time, int(time.time() * 1000)))
 
     def datasets(self, record: Record) -> dict[str, str]:
         """The data sets that the stage reads, or makes, by name; the digest is the MD5 that DVC knows."""
@@ -354,7 +363,7 @@ class Store:
                 run_id = self.begin(record, parent, int(time.time() * 1000), None)
             self.client.set_tag(run_id, "restored", "true")
             self.complete(run_id, record)
-            self.client.set_terminated(run_id, "FINISHED")
+            self._terminate(run_id, "FINISHED")
             return run_id
 
     def restore_upstream(self, stage: str) -> None:
@@ -371,7 +380,7 @@ class Store:
         """Close the dead runs as KILLED; return their ids."""
         run_ids = [run.info.run_id for run in self.dead()]
         for run_id in run_ids:
-            self.client.set_terminated(run_id, "KILLED")
+            self._terminate(run_id, "KILLED")
         return run_ids
 
 
@@ -384,6 +393,8 @@ def quiet() -> None:
 
 def describe(error: BaseException) -> str:
     """One line on a failure of the store, with its first cause; without the credentials that an address may hold."""
+    if isinstance(error, StageError):  # not the store's: dvc.yaml or dvc.lock is damaged
+        return str(error)
     while cause := error.__cause__ or error.__context__:
         error = cause
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -479,7 +490,9 @@ def one(paths: Iterable[str], ending: str) -> str:
 def _process_tags(pid: int) -> dict[str, str]:
     created = ""
     with contextlib.suppress(psutil.NoSuchProcess):
-        created = str(psutil.Process(pid).create_time())
+        # Setting the clock must not make it another process. Linux has the start in time since boot, to which psutil
+        # adds the time of the boot, which moves with the clock; macOS keeps the time of day that it was.
+        created = f"{psutil.Process(pid).create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
     return {"process.host": socket.gethostname(), "process.pid": str(pid), "process.created": created}
 
 

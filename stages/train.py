@@ -28,7 +28,7 @@ from stages.device import set_up_device
 from stages.figure import DARK, LIGHT, MIDDLE, make_figure, write_png
 from stages.lenet import LeNet, predict, write_model
 from stages.params import Train, read_params
-from stages.stage import StageError, write_csv, write_json
+from stages.stage import StageError, check_inputs, write_csv, write_json
 from stages.training_step import Step
 
 VALIDATION_BATCH_SIZE = 1000
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
+    check_inputs(args.dataset)
 
     with tracking.run("train") as run:
         device = set_up_device(params.train.device, params.train.threads)
