@@ -230,10 +230,11 @@ IDX_LABELS = make_idx(np.arange(3, dtype=np.uint8))
 
 @st.composite
 def idx_files(draw: st.DrawFn) -> bytes:
-    dimensions = draw(st.integers(0, 5))
-    sizes = draw(st.lists(st.sampled_from([0, 1, 2, 28, 2**31, 2**32 - 1]), min_size=dimensions, max_size=dimensions))
-    header = draw(st.sampled_from([b"\0\0\x08", b"\0\0\x09", b"\1\0\x08"])) + bytes([dimensions])
-    return header + struct.pack(f">{dimensions}I", *sizes) + bytes(draw(st.integers(0, 2000)))
+    sizes = draw(st.lists(st.sampled_from([0, 1, 2, 28, 2**31, 2**32 - 1]), max_size=4))
+    sizes = draw(st.just(sizes) | st.permutations([0, 2**32 - 1, 2**32 - 1]))
+    header = draw(st.sampled_from([b"\0\0\x08", b"\0\0\x08", b"\0\0\x09", b"\1\0\x08"])) + bytes([len(sizes)])
+    content = bytes(draw(st.just(0) | st.integers(0, 2000)))
+    return header + struct.pack(f">{len(sizes)}I", *sizes) + content
 
 
 def test_idx_files(try_all: TryAll) -> None:
@@ -246,7 +247,7 @@ def test_idx_files(try_all: TryAll) -> None:
             except StageError as error:
                 check_message(str(error))
 
-    try_all(damaged(IDX_IMAGES) | damaged(IDX_LABELS) | idx_files() | st.binary(max_size=50), claim, 150)
+    try_all(damaged(IDX_IMAGES) | damaged(IDX_LABELS) | idx_files() | st.binary(max_size=50), claim, 300)
 
 
 def test_gzip_files(try_all: TryAll, tmp_path: Path) -> None:
@@ -271,23 +272,28 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0
 
 @st.composite
 def http_answers(draw: st.DrawFn) -> bytes:
-    header = st.sampled_from(
-        ["Content-Length", "Transfer-Encoding", "Content-Encoding", "Location", "Connection", "Set-Cookie", "X-Other"]
-    )
-    values = ["0", "-1", "5", "5, 6", "²", "9" * 5000, "chunked", "gzip", "chunked, gzip", "close", "http://[", "//"]
-    values += [
+    lengths = ["0", "-1", "5", "5, 6", "²", "9" * 4000, "9" * 5000]
+    places = [
         "/",
+        "//",
         "?",
+        "http://[",
         "http://a..b/",
         "http://" + "a" * 300,
         "http://127.0.0.1:99999/",
         "file:///",
-        "http://\x7f",
         "é",
     ]
-    value = st.sampled_from(values) | st.text(st.characters(max_codepoint=255), max_size=20)
+    encodings = ["chunked", "gzip", "chunked, gzip", "identity", ""]
+    texts = st.text(st.characters(max_codepoint=255), max_size=20)
+    header = st.one_of(
+        st.tuples(st.just("Content-Length"), st.sampled_from(lengths) | texts),
+        st.tuples(st.just("Location"), st.sampled_from(places) | texts),
+        st.tuples(st.sampled_from(["Transfer-Encoding", "Content-Encoding"]), st.sampled_from(encodings) | texts),
+        st.tuples(st.sampled_from(["Connection", "Set-Cookie", "X-Other", "\x1b"]), texts),
+    )
     lines = [draw(st.sampled_from(["HTTP/1.1 200 OK", "HTTP/1.0 302 Found", "HTTP/1.1 206 \x1b[31m", "HTTP/9 x"]))]
-    lines += [f"{name}: {content}" for name, content in draw(st.lists(st.tuples(header, value), max_size=4))]
+    lines += [f"{name}: {content}" for name, content in draw(st.lists(header, max_size=4))]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + draw(st.binary(max_size=80))
 
 
@@ -319,7 +325,7 @@ def test_http_answers(try_all: TryAll, tmp_path: Path, monkeypatch: pytest.Monke
             fetch.unpack(fetch.download(mirror, file), file)
         assert isinstance(raised.value, StageError | RequestException | HTTPError)
 
-    try_all(http_answers() | damaged(RESPONSE) | damaged(CHUNKED) | st.binary(max_size=100), claim, 120)
+    try_all(http_answers() | damaged(RESPONSE) | damaged(CHUNKED) | st.binary(max_size=100), claim, 300)
     listener.close()
 
 
@@ -357,9 +363,13 @@ def changed_tensors(draw: st.DrawFn, whole: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from([name for name in header if name != "__metadata__"]))
         entry = header[name]
-        match draw(st.sampled_from(["metadata", "dtype", "shape", "both", "drop", "rename", "more", "values"])):
+        match draw(
+            st.sampled_from(
+                ["metadata", "metadata", "metadata", "dtype", "shape", "both", "drop", "rename", "more", "values"]
+            )
+        ):
             case "metadata":
-                key = draw(st.sampled_from(["lenet", "classes", "other"]))
+                key = draw(st.sampled_from(["lenet", "classes"]))
                 header["__metadata__"] = draw(
                     st.just({}) | st.builds(lambda text, key=key: {key: text}, metadata_values)
                 )
@@ -410,7 +420,7 @@ def test_data_sets(try_all: TryAll, whole_dataset: bytes, tmp_path: Path) -> Non
         assert len(dataset.classes) == 10
 
     files = damaged(whole_dataset) | changed_tensors(whole_dataset) | st.binary(max_size=100)
-    try_all(files, lambda content: unchanged(tmp_path / "set.safetensors", content, read), 200)
+    try_all(files, lambda content: unchanged(tmp_path / "set.safetensors", content, read), 300)
 
 
 def test_models(try_all: TryAll, whole_model: bytes, tmp_path: Path) -> None:
@@ -423,7 +433,7 @@ def test_models(try_all: TryAll, whole_model: bytes, tmp_path: Path) -> None:
         assert len(model.classes) == 10
 
     files = damaged(whole_model) | changed_tensors(whole_model) | st.binary(max_size=100)
-    try_all(files, lambda content: unchanged(tmp_path / "model.safetensors", content, read), 200)
+    try_all(files, lambda content: unchanged(tmp_path / "model.safetensors", content, read), 300)
 
 
 # --- pictures
@@ -502,7 +512,7 @@ def test_pictures(try_all: TryAll, tmp_path: Path) -> None:
 
     files = st.sampled_from(PICTURES).flatmap(damaged) | changed_pngs()
     files |= st.binary(max_size=100).map(lambda content: PNGS[0][:8] + content) | st.binary(max_size=100)
-    try_all(files, lambda content: unchanged(tmp_path / "picture", content, read), 250)
+    try_all(files, lambda content: unchanged(tmp_path / "picture", content, read), 400)
 
 
 # --- params that are valid, and extreme
@@ -649,6 +659,7 @@ bombs = {
     "PNG with a profile of 400 MB": (with_profile, read_image, "damaged|Decompressed data too large"),
     "safetensors": (struct.pack("<Q", 2**62) + b"{}", read_dataset, "not a data set"),
 }
+before = resource.getrlimit(resource.RLIMIT_AS)
 for name, (content, read, expected) in bombs.items():
     if isinstance(content, int):
         path.touch()
@@ -658,7 +669,7 @@ for name, (content, read, expected) in bombs.items():
     del content
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (150 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     start = time.monotonic()
     try:
         read(path)
@@ -667,7 +678,7 @@ for name, (content, read, expected) in bombs.items():
     else:
         sys.exit(f"{name}: accepted")
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, before)
     assert time.monotonic() - start < 10, name
     path.unlink()
 print(len(bombs))
