@@ -93,8 +93,8 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
         try:
             for key in wanted.keys() - contents.keys():
                 contents[key] = unpack(read(wanted[key]), wanted[key])
-        # requests' errors are OSErrors; urllib3's come from reading the body.
-        except (StageError, OSError, HTTPError, subprocess.SubprocessError) as error:
+        # requests' errors are OSErrors, or ValueErrors for a redirect to no address; urllib3's come from the body.
+        except (StageError, OSError, ValueError, HTTPError, subprocess.SubprocessError) as error:
             failures.append(f"{name}: {shorten(error)}")
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:
@@ -116,7 +116,8 @@ def read(folder: Path, file: File) -> bytes:
 def download(mirror: str, file: File) -> bytes:
     """Download a gzip file, with a progress bar on a terminal.
 
-    Raises requests.RequestException or urllib3's HTTPError, or StageError for an answer that is too long or too slow.
+    Raises requests.RequestException, urllib3's HTTPError or ValueError, or StageError for an answer that is too long
+    or too slow.
     """
     content = io.BytesIO()
     with (
@@ -143,7 +144,7 @@ def download(mirror: str, file: File) -> bytes:
 
 def drop_redirect_body(response: requests.Response, **_: object) -> None:
     """Drop what comes with a redirect: requests would read all of it, however long."""
-    if response.is_redirect:
+    if response.is_redirect and response.headers["Location"]:  # it does not follow an empty one
         response.raw.close()
         response.raw = io.BytesIO()
 
@@ -152,8 +153,8 @@ def drop_redirect_body(response: requests.Response, **_: object) -> None:
 def give_up_when_slow(content: io.BytesIO) -> Iterator[None]:
     """Raise StageError in this context when `content` grows by less than LOWEST_BYTES in LOWEST_SECONDS.
 
-    A timer's signal does this, since a timeout of requests' is that of each receipt: a server that sends a byte now and
-    then, of its headers or its TLS handshake as well, could go on for ever.
+    A timer's signal does this (in the main thread, where a stage runs), since a timeout of requests' is that of each
+    receipt: a server that sends a byte now and then, of its headers or TLS handshake as well, could go on for ever.
     """
     seen = 0
 
