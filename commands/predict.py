@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stages.stage import StageError
+from stages.stage import StageError, shorten
 
 MODEL = "models/lenet.safetensors"
 SIZE = 28
@@ -57,20 +57,22 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow says of metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG", "JPEG")) as file:
                 image: Image.Image = file
-                with contextlib.suppress(AttributeError, KeyError, TypeError):  # metadata may be damaged
+                image.load()
+                with contextlib.suppress(Exception):  # metadata may be damaged, in more ways than Pillow names
                     image = ImageOps.exif_transpose(file)  # a photo that was taken sideways
                 grey = _grey(image)
     except UnidentifiedImageError:
         raise StageError(f"{path}: expected a PNG or JPEG image, found something else") from None
     except OSError as error:
-        raise StageError(f"cannot read {path}: {error.strerror or error}") from None
+        raise StageError(f"cannot read {path}: {shorten(error.strerror or error)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise StageError(f"{path}: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, found more") from None
-    except (SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise StageError(f"{path} is damaged: {error}") from None
+    except Exception as error:  # Pillow's decoders promise nothing of what a damaged file makes them raise
+        raise StageError(f"{path} is damaged: {shorten(f'{type(error).__name__}: {error}')}") from None
     pixels = np.asarray(grey)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     inverted = bool(np.median(border) > 127)
@@ -80,11 +82,18 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
 
 
 def _grey(image: Image.Image) -> Image.Image:
+    """The image as greys of 8 bits, on white paper. At Pillow's limit, each copy in colours takes 360 MB."""
     if image.mode.startswith(("I", "F")):  # 16 bits or more a pixel: Pillow would clip it
-        values = np.asarray(image, np.float64)
-        return Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
-    coloured = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("L")
+        values = np.asarray(image)
+        shares = values / np.float32(max(values.max(), 1))
+        shares *= 255
+        return Image.fromarray(shares.astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("L")
+    coloured = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+    paper = Image.new("L", image.size, 255)
+    paper.paste(coloured.convert("L"), mask=coloured.getchannel("A"))
+    return paper
 
 
 def predict(model: str, images: np.ndarray) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from stages.stage import StageError, write
+from stages.stage import StageError, shorten, write
 
 
 class Dataset(NamedTuple):
@@ -30,10 +30,19 @@ def read_dataset(path: Path) -> Dataset:
         with safe_open(path, framework="numpy") as file:
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
             classes = json.loads(file.metadata()["classes"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StageError(f"{path} is not a data set that fetch wrote ({error}); run `dvc repro fetch`") from None
+            check_classes(classes)
+    # NumPy has not all types of safetensors (AttributeError), and json.loads not all depths (RecursionError).
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = shorten(error)
+        raise StageError(f"{path} is not a data set that fetch wrote ({reason}); run `dvc repro fetch`") from None
     check_dataset(path, images, labels)
     return Dataset(images, labels, classes)
+
+
+def check_classes(classes: object) -> None:
+    """Raise ValueError unless these are the names of 10 classes."""
+    if not isinstance(classes, list) or len(classes) != 10 or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are not 10 names")
 
 
 def check_dataset(name: object, images: np.ndarray, labels: np.ndarray) -> None:

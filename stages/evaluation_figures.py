@@ -22,8 +22,8 @@ def plot_confusion(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[
         if share:
             text = f"{share:.0f}" if share >= 1 else "<1"
             axes.text(column, row, text, ha="center", va="center", color="white" if share > 50 else DARK, fontsize=9)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(classes)), classes, parse_math=False)
     axes.set(xlabel="predicted", ylabel="actual", title="Of each class's test images, taken for … (%)")
     return figure
 
@@ -40,7 +40,7 @@ def plot_per_class(rows: Sequence[Mapping[str, float | str]]) -> Figure:
         if metric == "f1":
             for place, value in zip(places, values, strict=True):
                 axes.text(value + 0.01, place + offset, f"{value:.3f}", va="center", fontsize=8)
-    axes.set_yticks(places, [str(row["class"]) for row in ordered])
+    axes.set_yticks(places, [str(row["class"]) for row in ordered], parse_math=False)
     axes.set(xlim=(0, 1.08), title="Precision, recall and F1 of each class (test set)")
     axes.set_xticks(np.linspace(0, 1, 6))
     handles, names = axes.get_legend_handles_labels()
@@ -83,7 +83,9 @@ def plot_mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndar
         canvas[top : top + size, left : left + size] = images[index]
         actual, guess = classes[labels[index]], classes[predicted[index]]
         said = f"{actual}, not\n{guess} ({confidence[index]:.1%})"
-        axes.text(left + size / 2, top + size, said, ha="center", va="top", fontsize=8, linespacing=1.1)
+        axes.text(
+            left + size / 2, top + size, said, ha="center", va="top", fontsize=8, linespacing=1.1, parse_math=False
+        )
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255)
     axes.set_title(
         f"The {len(shown)} most confident of {len(wrong):,} mistakes (test set): what it is, not what was said"

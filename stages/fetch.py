@@ -7,10 +7,13 @@ fetch.mirrors; and, where apt-get exists, that package downloaded with it (this 
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -32,11 +35,13 @@ from urllib3.exceptions import HTTPError
 
 from stages.dataset import Dataset, check_dataset, write_dataset
 from stages.params import Fetch, File, read_params
-from stages.stage import StageError
+from stages.stage import StageError, shorten
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 CONNECT_SECONDS, READ_SECONDS = 10, 30
+# A mirror that is slower than this many bytes in this many seconds is given up.
+LOWEST_BYTES, LOWEST_SECONDS = 300_000, 30.0
 
 
 def main() -> None:
@@ -87,9 +92,9 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
         try:
             for key in wanted.keys() - contents.keys():
                 contents[key] = unpack(read(wanted[key]), wanted[key])
-        # requests' errors are OSErrors; urllib3's come from reading the body.
-        except (StageError, OSError, HTTPError, subprocess.SubprocessError) as error:
-            failures.append(f"{name}: {error}")
+        # requests' errors are OSErrors, or ValueErrors for a redirect to no address; urllib3's come from the body.
+        except (StageError, OSError, ValueError, HTTPError, subprocess.SubprocessError) as error:
+            failures.append(f"{name}: {shorten(error)}")
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:
             print(f"fetched from {name}")
@@ -98,32 +103,73 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
 
 
 def read(folder: Path, file: File) -> bytes:
-    """Read a gzip file. Raises OSError where that fails."""
-    with (folder / file.name).open("rb") as stream:
-        return stream.read(packed_limit(file))
+    """Read a gzip file. Raises OSError where that fails, or StageError for a file that is too long, or is none."""
+    path = folder / file.name
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise StageError(f"{path} is not a file")
+    check_length(status.st_size, file)
+    return path.read_bytes()
 
 
 def download(mirror: str, file: File) -> bytes:
     """Download a gzip file, with a progress bar on a terminal.
 
-    Raises requests.RequestException or urllib3's HTTPError, or StageError for an answer that is too long.
+    Raises requests.RequestException, urllib3's HTTPError or ValueError, or StageError for an answer that is too long
+    or too slow.
     """
     content = io.BytesIO()
-    with requests.get(
-        f"{mirror.rstrip('/')}/{file.name}", stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)
-    ) as response:
+    with (
+        give_up_when_slow(content),
+        requests.get(
+            f"{mirror.rstrip('/')}/{file.name}",
+            stream=True,
+            timeout=(CONNECT_SECONDS, READ_SECONDS),
+            hooks={"response": drop_redirect_body},
+        ) as response,
+    ):
         response.raise_for_status()
-        # The files are gzip themselves: a server may declare that as the encoding, so take the bytes as sent.
-        response.raw.decode_content = False
-        length = response.headers.get("Content-Length")
-        total = int(length) if length and length.isdigit() else None
-        with tqdm(desc=file.name, total=total, unit="B", unit_scale=True, disable=None) as bar:
-            for chunk in response.raw.stream(1 << 16):
+        length = response.raw.length_remaining
+        check_length(length or 0, file)
+        with tqdm(desc=file.name, total=length, unit="B", unit_scale=True, disable=None) as bar:
+            # The files are gzip themselves: a server may declare that as the encoding, so take the bytes as sent.
+            # read1, as stream() waits for 64 KiB, and takes a chunk's length of any length.
+            while chunk := response.raw.read1(1 << 16, decode_content=False):
                 content.write(chunk)
                 bar.update(len(chunk))
-                if content.tell() > packed_limit(file):
-                    raise StageError(f"{file.name} is longer than the {packed_limit(file):,} bytes it can have")
+                check_length(content.tell(), file)
     return content.getvalue()
+
+
+def drop_redirect_body(response: requests.Response, **_: object) -> None:
+    """Drop what comes with a redirect: requests would read all of it, however long."""
+    if response.is_redirect and response.headers["Location"]:  # it does not follow an empty one
+        response.raw.close()
+        response.raw = io.BytesIO()
+
+
+@contextlib.contextmanager
+def give_up_when_slow(content: io.BytesIO) -> Iterator[None]:
+    """Raise StageError in this context when `content` grows by less than LOWEST_BYTES in LOWEST_SECONDS.
+
+    A timer's signal does this (in the main thread, where a stage runs), since a timeout of requests' is that of each
+    receipt: a server that sends a byte now and then, of its headers or TLS handshake as well, could go on for ever.
+    """
+    seen = 0
+
+    def check(*_: object) -> None:
+        nonlocal seen
+        if content.tell() - seen < LOWEST_BYTES:
+            raise StageError(f"too slow: under {LOWEST_BYTES:,} bytes in {LOWEST_SECONDS:g} s")
+        seen = content.tell()
+
+    former = signal.signal(signal.SIGALRM, check)
+    signal.setitimer(signal.ITIMER_REAL, LOWEST_SECONDS, LOWEST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 class DebianPackage:
@@ -148,7 +194,7 @@ class DebianPackage:
         return read(unpacked / DEBIAN_DIR.relative_to("/"), file)
 
     def _run(self, command: list[str]) -> None:
-        result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, errors="replace", timeout=300)
         if result.returncode != 0:
             lines = [line for line in result.stderr.splitlines() if line.startswith("E:")]
             raise StageError(f"{command[0]} failed: {lines[-1] if lines else result.returncode}")
@@ -157,6 +203,12 @@ class DebianPackage:
 def packed_limit(file: File) -> int:
     """The most bytes that the gzip file can have: it adds some 0.01 % and a header to what it cannot shrink."""
     return file.bytes + file.bytes // 1000 + 65536
+
+
+def check_length(length: int, file: File) -> None:
+    """Raise StageError where a gzip file is longer than it can be."""
+    if length > packed_limit(file):
+        raise StageError(f"{file.name} is longer than the {packed_limit(file):,} bytes it can have")
 
 
 def unpack(packed: bytes, file: File) -> bytes:
@@ -191,6 +243,8 @@ def parse_idx(content: bytes, dimensions: int) -> np.ndarray:
         raise StageError(f"expected an IDX file of uint8 in {dimensions} dimensions, found {content[:4]!r}")
     shape = [int(size) for size in np.frombuffer(content, ">u4", count=dimensions, offset=4)]
     expected = header + int(np.prod(shape, dtype=object))
+    if 0 in shape:
+        raise StageError(f"expected an IDX file that is not empty, found one of shape {shape}")
     if len(content) != expected:
         raise StageError(f"expected {expected:,} bytes for an IDX file of shape {shape}, found {len(content):,}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

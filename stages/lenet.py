@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from stages.stage import StageError, write
+from stages.dataset import check_classes
+from stages.stage import StageError, shorten, write
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu}
 
@@ -64,9 +65,15 @@ class LeNet(nn.Module):
 
 @torch.inference_mode()
 def predict(model: LeNet, images: Tensor, batch_size: int) -> Tensor:
-    """Logits float32 (N, 10) of images uint8 (N, 28, 28), `batch_size` images at a time."""
+    """Logits float32 (N, 10) of images uint8 (N, 28, 28), `batch_size` images at a time.
+
+    Raises StageError where they are not finite.
+    """
     model.eval()
-    return torch.cat([model(batch) for batch in images.split(batch_size)])
+    logits = torch.cat([model(batch) for batch in images.split(batch_size)])
+    if not logits.isfinite().all():
+        raise StageError("expected finite numbers from the model, found others; train with a train.lr below the last")
+    return logits
 
 
 def write_model(path: Path, model: LeNet) -> None:
@@ -85,10 +92,20 @@ def read_model(path: Path) -> LeNet:
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads(file.metadata()["lenet"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = LeNet(config["activation"], config["classes"])
+            if config["activation"] not in ACTIVATIONS:
+                raise ValueError(f"its activation is {config['activation']!r}")
+            check_classes(config["classes"])
+            model = LeNet(config["activation"], config["classes"])
+            expected = {name: ("F32", list(tensor.shape)) for name, tensor in model.state_dict().items()}
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in entries.items()}
+            if found != expected:
+                name = min(name for name in expected | found if expected.get(name) != found.get(name))
+                raise ValueError(f"its {name} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}")
+            tensors = {name: file.get_tensor(name) for name in expected}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("its weights are not finite")
         model.load_state_dict(tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise StageError(f"{path} is not a model that train wrote ({reason}); run `dvc repro train`") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # also RecursionError
+        raise StageError(f"{path} is not a model that train wrote ({shorten(error)}); run `dvc repro train`") from None
     return model

@@ -22,6 +22,12 @@ class StageError(Exception):
     """A mistake of the user or a fault of the world, as one line: expected, found, what to do."""
 
 
+def shorten(text: object, limit: int = 300) -> str:
+    """At most `limit` characters, on one line, of a text that came from outside and may hold anything."""
+    line = "".join(char if char.isprintable() else " " for char in str(text)[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a whole file: under a temporary name beside it, flushed to disk, then renamed.
 

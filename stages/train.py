@@ -98,8 +98,9 @@ def train(
         lrs = [lr_at(number, params.epochs * steps, params) for number in range((epoch - 1) * steps, epoch * steps)]
         batches = order.split(params.batch_size)
         metrics = {"epoch": epoch, "train_lr": lrs[-1]} | train_epoch(step, batches, lrs)
-        if not np.isfinite(metrics["train_loss"]):
-            found = metrics["train_loss"]
+        loss = metrics["train_loss"]
+        if not np.isfinite(loss) or not all(param.isfinite().all() for param in step.params):
+            found = "infinite weights" if np.isfinite(loss) else loss  # the last step's are in no loss yet
             raise StageError(
                 f"expected a finite loss, found {found} in epoch {epoch}; try a train.lr below {params.lr}"
             )

@@ -1,19 +1,26 @@
 """fetch takes each source in turn, believes none, and says what was wrong with each."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
+import os
 import shutil
+import socket
 import struct
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT, TEST_SIZE, TRAIN_SIZE, make_idx
 
-from stages import fetch
+from stages import fetch, tracking
+from stages.dataset import read_dataset
 from stages.params import Fetch, File, read_params
 from stages.stage import StageError
 
@@ -48,13 +55,17 @@ Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 @pytest.fixture
 def bad_mirror() -> Iterator[Callable[[Answer], str]]:
-    """Start a server that answers every request with the function it is given; return its address."""
+    """Start a server that answers every request with the function it is given; return its address.
+
+    The function may go on until the other side hangs up.
+    """
     servers = []
 
     def start(answer: Answer) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                answer(self)
+                with contextlib.suppress(ConnectionError):
+                    answer(self)
 
             def log_message(self, *arguments: object) -> None:
                 pass
@@ -78,6 +89,37 @@ def respond(body: bytes, length: int | None = None, status: int = 200) -> Answer
         request.wfile.write(body)
 
     return answer
+
+
+def say(text: bytes, again: bytes = b"", pause: float = 0.0) -> Answer:
+    """Send a text as it is, and then another one for ever."""
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.wfile.write(text)
+        while again:
+            request.wfile.write(again)
+            time.sleep(pause)
+
+    return answer
+
+
+def stall(request: http.server.BaseHTTPRequestHandler) -> None:
+    request.connection.recv(1)  # the other side's hanging up
+
+
+def reset(request: http.server.BaseHTTPRequestHandler) -> None:
+    """Send the beginning of a file, then reset the connection."""
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n\x1f\x8b")
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.connection.shutdown(socket.SHUT_RD)
+    request.connection.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+MOVED = b"HTTP/1.1 302 Found\r\nLocation: "
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+PACKED = gzip.compress(b"x" * 100)
+TOO_SLOW = "too slow: under 300,000 bytes in 1 s"
 
 
 def test_the_environment_s_folder_comes_first(
@@ -111,8 +153,27 @@ def test_a_mirror_serves_when_no_folder_does(params: Fetch, tiny_files: dict[str
         (respond(b"\x1f\x8b" + b"\xff" * 100), "is damaged"),
         (respond(b"", status=404), "404"),
         (respond(b"", status=500), "500"),
+        (respond(PACKED, length=10), "damaged|cut short"),
+        (respond(PACKED, length=-1), "unpacked, found 100, cut short"),
+        (say(OK + b"Content-Length: 1e3\r\n\r\n" + PACKED), "unpacked, found 100, cut short"),
+        (say(OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n" + PACKED), "unpacked, found 100, cut short"),
+        (say(OK + b"Content-Length: " + b"9" * 4000 + b"\r\n\r\n" + PACKED), "is longer than"),
     ],
-    ids=["html", "truncated", "short", "bomb", "long", "garbage", "404", "500"],
+    ids=[
+        "html",
+        "truncated",
+        "short",
+        "bomb",
+        "long",
+        "garbage",
+        "404",
+        "500",
+        "less",
+        "negative",
+        "no number",
+        "long number",
+        "huge",
+    ],
 )
 def test_a_wrong_answer_is_reported_and_the_next_source_tried(
     answer: Answer,
@@ -130,6 +191,163 @@ def test_a_wrong_answer_is_reported_and_the_next_source_tried(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not from ")]
     assert line.startswith(f"not from {bad}: ")
     assert any(word in line for word in reason.split("|")), line
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (stall, "Read timed out"),
+        (say(OK + b"Content-Length: 60000\r\n\r\n\x1f\x8b", b"x", 0.02), TOO_SLOW),
+        (say(OK + b"\r\n\x1f\x8b", b"x", 0.02), TOO_SLOW),
+        (say(CHUNKED, b"1\r\nx\r\n", 0.02), TOO_SLOW),
+        (say(CHUNKED, b"1", 0.02), TOO_SLOW),
+        (say(OK + b"X-Header: ", b"x", 0.02), TOO_SLOW),
+        (say(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), TOO_SLOW),
+        (say(MOVED + b"/\r\n\r\n", b"x", 0.02), "Exceeded 30 redirects"),
+        (say(MOVED + b"/\r\n\r\n", bytes(1 << 20)), "Exceeded 30 redirects"),
+        (say(MOVED + b"/\r\nContent-Length: 0\r\n\r\n"), "Exceeded 30 redirects"),
+        (say(MOVED + b"file:///etc/passwd\r\n\r\n"), "No connection adapters"),
+        (say(MOVED + b"\xff\r\n\r\n"), "codec can't decode"),
+        (say(MOVED + b"http://[\r\n\r\n"), "Invalid IPv6 URL"),
+        (say(MOVED + b"\r\n\r\nnowhere"), "is not a gzip file: it starts with b'nowhere'"),
+        (say(OK + b"\r\n\x1f\x8b", bytes(1 << 20)), "is longer than"),
+        (say(CHUNKED, b"1" * 65536), "IncompleteRead|Connection broken"),
+        (say(OK + b"X-Header: ", b"x" * 65536), "got more than 65536 bytes"),
+        (say(OK, b"X-Header: x\r\n" * 1000), "got more than"),
+        (reset, "reset by peer"),
+        (say(b""), "without response"),
+    ],
+    ids=[
+        "stall",
+        "drip",
+        "drip without length",
+        "drip of chunks",
+        "drip of a chunk's length",
+        "drip of headers",
+        "drip of answers",
+        "drip at a redirect",
+        "much at a redirect",
+        "redirects",
+        "redirect to a file",
+        "redirect to no text",
+        "redirect to no address",
+        "redirect to nothing",
+        "much",
+        "long length of a chunk",
+        "long header",
+        "many headers",
+        "reset",
+        "nothing",
+    ],
+)
+def test_a_mirror_that_is_slow_or_has_no_end_costs_little_time_and_memory(
+    answer: Answer,
+    reason: str,
+    params: Fetch,
+    tiny_files: dict[str, bytes],
+    mirror: str,
+    bad_mirror: Callable[[Answer], str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetch, "LOWEST_SECONDS", 1.0)
+    monkeypatch.setattr(fetch, "READ_SECONDS", 0.5)
+    start = time.monotonic()
+    tracemalloc.start()
+    source, contents = fetch.fetch(params.model_copy(update={"mirrors": [bad_mirror(answer), mirror]}))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.monotonic() - start < 10
+    assert peak < 30_000_000
+    assert (source, contents) == (mirror, tiny_files)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not from ")]
+    assert any(word in line for word in reason.split("|")), line
+    assert len(line) < 500
+
+
+def serve(params: Fetch, tiny_files: dict[str, bytes], header: bytes, pieces: int = 1, pause: float = 0.0) -> Answer:
+    """Send the file that is asked for, in some pieces."""
+    names = {getattr(params.files, key).name: gzip.compress(content) for key, content in tiny_files.items()}
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        packed = names[request.path.removeprefix("/")]
+        size = -(-len(packed) // pieces)
+        request.wfile.write(OK + header + b"\r\n")
+        for start in range(0, len(packed), size):
+            piece = packed[start : start + size]
+            request.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if b"chunked" in header else piece)
+            time.sleep(pause)
+        if b"chunked" in header:
+            request.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
+@pytest.mark.parametrize("header", [b"", b"Transfer-Encoding: chunked\r\n", b"Content-Encoding: gzip\r\n"])
+def test_a_mirror_need_not_say_how_long_a_file_is_nor_that_it_is_no_encoding(
+    header: bytes, params: Fetch, tiny_files: dict[str, bytes], bad_mirror: Callable[[Answer], str]
+) -> None:
+    url = bad_mirror(serve(params, tiny_files, header, pieces=3))
+    assert fetch.fetch(params.model_copy(update={"mirrors": [url]})) == (url, tiny_files)
+
+
+def test_a_mirror_may_send_one_elsewhere(
+    params: Fetch, tiny_files: dict[str, bytes], mirror: str, bad_mirror: Callable[[Answer], str]
+) -> None:
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.wfile.write(MOVED + mirror.encode() + request.path.encode() + b"\r\n\r\nelsewhere")
+
+    url = bad_mirror(answer)
+    assert fetch.fetch(params.model_copy(update={"mirrors": [url]})) == (url, tiny_files)
+
+
+def test_a_mirror_that_is_slow_and_keeps_the_lowest_rate_serves(
+    params: Fetch, tiny_files: dict[str, bytes], bad_mirror: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "LOWEST_SECONDS", 0.3)
+    monkeypatch.setattr(fetch, "LOWEST_BYTES", 10)
+    url = bad_mirror(serve(params, tiny_files, b"", pieces=6, pause=0.12))
+    assert fetch.fetch(params.model_copy(update={"mirrors": [url]})) == (url, tiny_files)
+
+
+@pytest.mark.usefixtures("no_apt")
+def test_a_failure_leaves_nothing_behind_and_the_next_try_works(
+    params: Fetch,
+    mirror: str,
+    bad_mirror: Callable[[Answer], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "data"
+    monkeypatch.setattr("sys.argv", ["fetch", "--train", str(folder / "train"), "--test", str(folder / "test")])
+    monkeypatch.setattr(tracking, "run", lambda _: contextlib.nullcontext(mock.Mock()))
+    monkeypatch.setattr(fetch, "read_params", lambda: mock.Mock(fetch=params))
+    before = sorted(tmp_path.rglob("*"))
+    for answer in (reset, respond(b"", status=503), serve(params, {}, b"")):
+        params = params.model_copy(update={"mirrors": [bad_mirror(answer)]})
+        with pytest.raises(StageError, match="no source has the data set"):
+            fetch.main()
+        assert sorted(tmp_path.rglob("*")) == before
+    params = params.model_copy(update={"mirrors": [mirror]})
+    fetch.main()
+    assert [path.name for path in sorted(folder.iterdir())] == ["test", "train"]
+    assert len(read_dataset(folder / "train").images) == TRAIN_SIZE
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "long"])
+def test_what_is_no_gzip_file_of_a_fit_size_is_not_read(
+    kind: str, params: Fetch, tiny_files: dict[str, bytes], mirror: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "debian" / params.files.train_images.name
+    fill(tmp_path / "debian", params, {key: content for key, content in tiny_files.items() if key != "train_images"})
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # to open it would wait for a writer
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    assert fetch.fetch(params) == (mirror, tiny_files)
 
 
 @pytest.mark.usefixtures("no_apt")

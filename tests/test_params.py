@@ -41,7 +41,32 @@ def test_the_project_s_own_params_are_valid() -> None:
         ("activation: sigmoid", "activation: tanh", ["train.activation: expected 'sigmoid' or 'relu', found 'tanh'"]),
         ("standardize: true", "standardize: 1", ["train.standardize: expected a valid boolean, found 1"]),
         ("name: train-images", "name: ../train-images", ["fetch.files.train_images.name: expected"]),
-        ("http://fashion", "ftp://fashion", ["fetch.mirrors.0: expected"]),
+        ("http://fashion", "ftp://fashion", ["fetch.mirrors.0: expected an http or https address without user and"]),
+        ("  lr: 0.01", "  lr: 101", ["train.lr: expected less than or equal to 100, found 101"]),
+        ("  epochs: 5", "  epochs: 1000001", ["train.epochs: expected less than or equal to 1000000, found 1000001"]),
+        ("  threads: 2", "  threads: 1025", ["train.threads: expected less than or equal to 1024, found 1025"]),
+        (
+            "bytes: 10008",
+            f"bytes: {2**62}",
+            [f"test_labels.bytes: expected less than or equal to {2**30}, found {2**62}"],
+        ),
+        (
+            "Trouser",
+            "Dress",
+            ["fetch.classes: expected names that differ from each other and from class, index, label"],
+        ),
+        (
+            "Trouser",
+            "label",
+            ["fetch.classes: expected names that differ from each other and from class, index, label"],
+        ),
+        ("seed: 0", f"seed: {'9' * 5000}", ["has a value that cannot be read (ValueError: Exceeds the limit"]),
+        (
+            "seed: 0",
+            f"seed: 0x{'f' * 5000}",
+            ["train.seed: expected less than 4294967296, found a number of thousands"],
+        ),
+        ("train:\n", "train: &a\n", ["expected anchors (&) on single values alone, found a on more"]),
         ("evaluate:\n", "evaluate: none\nother:\n", ["evaluate: expected a mapping", "other: unknown key"]),
     ],
 )
@@ -51,6 +76,56 @@ def test_a_mistake_is_told_with_its_key_and_what_was_found(
     assert old in TEXT
     message = error_of(TEXT.replace(old, new, 1), tmp_path)
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:secret@example.org/data/",
+        "https://secret@example.org/",
+        "https://user:se/cret@example.org/",
+        "https://example.org/data/?token=secret",
+        "https://example.org/?secret",
+        "https://example.org/data/#secret",
+        "https://example.org:secret/",
+        "https:///secret",
+        "https://example.org/a b",
+    ],
+)
+def test_an_address_that_may_hold_a_secret_is_refused_and_the_secret_is_not_shown(url: str, tmp_path: Path) -> None:
+    first = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+    message = error_of(TEXT.replace(first, f"'{url}'", 1), tmp_path)
+    assert "fetch.mirrors.0: expected an http or https address without user and password" in message
+    if any(mark in url for mark in "@?#"):
+        assert "***" in message
+        assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8000/",
+        "https://example.org",
+        "http://[::1]:80/a/",
+        "https://example.org/%7Euser/@scope/a=b;c/",
+    ],
+)
+def test_an_address_without_secrets_is_accepted(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", f"'{url}'"))
+    assert read_params(path).fetch.mirrors[0] == url
+
+
+def test_one_value_may_be_named_and_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace("threads: 2", "threads: &threads 1", 1).replace("threads: 2", "threads: *threads"))
+    assert read_params(path).evaluate.threads == 1
+
+
+def test_of_many_mistakes_the_first_are_listed(tmp_path: Path) -> None:
+    message = error_of(TEXT + "".join(f"x{number}: 1\n" for number in range(500)), tmp_path)
+    assert "has 500 mistake(s)" in message
+    assert message.endswith("\n  x19: unknown key\n  and 480 more")
 
 
 def test_every_mistake_is_listed(tmp_path: Path) -> None:
