@@ -79,7 +79,7 @@ def test_how_often_checkpoints_are_written_does_not_matter_to_them(path: Path) -
     assert steps(rest) == [3, 4]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.02}, {"epochs": 5}, {"threads": 1}, {"batch_size": 17}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.02}, {"epochs": 5}, {"threads": 2}, {"batch_size": 17}])
 def test_other_params_begin_anew(change: dict, path: Path) -> None:
     rest = Listener()
     fit(listener=rest, **{"epochs": EPOCHS, **change})

@@ -45,7 +45,11 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def make_params(**changes: Any) -> Train:
     defaults = read_params(ROOT / "params.yaml").train
     return defaults.model_copy(
-        update={"validation_size": 100, "batch_size": 16, "epochs": 3, "checkpoint_epochs": 0, **changes}
+        update={
+            **{"validation_size": 100, "batch_size": 16, "epochs": 3, "checkpoint_epochs": 0},
+            "threads": 1,  # threads that wait for each other do so at the cost of the other processes
+            **changes,
+        }
     )
 
 
