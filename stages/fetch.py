@@ -33,7 +33,7 @@ from urllib3.exceptions import HTTPError
 
 from stages.dataset import Dataset, check_dataset, write_dataset
 from stages.params import Fetch, File, read_params
-from stages.stage import StageError
+from stages.stage import StageError, hide_credentials
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
@@ -90,7 +90,7 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
                 contents[key] = unpack(read(wanted[key]), wanted[key])
         # requests' errors are OSErrors; urllib3's come from reading the body.
         except (StageError, OSError, HTTPError, subprocess.SubprocessError) as error:
-            failures.append(f"{name}: {error}")
+            failures.append(hide_credentials(f"{name}: {error}"))  # a proxy's address may have a password
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:
             print(f"fetched from {name}")
@@ -131,7 +131,7 @@ class DebianPackage:
     """Debian's package of the data set, downloaded and unpacked into `folder` when first read."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.resolve()
 
     def read(self, file: File) -> bytes:
         unpacked = self.folder / "root"
@@ -146,7 +146,10 @@ class DebianPackage:
             if not archives:
                 raise StageError("apt-get left no package behind")
             self._run(["dpkg-deb", "-x", str(archives[0]), str(unpacked)])
-        return read(unpacked / DEBIAN_DIR.relative_to("/"), file)
+        path = unpacked / DEBIAN_DIR.relative_to("/") / file.name
+        if path.resolve() != path or not path.is_file():  # a link leads out of the folder, a pipe never ends
+            raise StageError(f"expected the package to have an ordinary file {file.name}, found none")
+        return read(path.parent, file)
 
     def _run(self, command: list[str]) -> None:
         result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300)

@@ -19,7 +19,7 @@ PATH = Path("params.yaml")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/\S*)?$")]
+Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@]+(/\S*)?$")]  # no password: git keeps params.yaml
 FileName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]  # no folder: it is joined to one
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^\S(.*\S)?$")]

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +18,11 @@ from typing import NoReturn
 
 class StageError(Exception):
     """A mistake of the user or a fault of the world, as one line: expected, found, what to do."""
+
+
+def hide_credentials(text: str) -> str:
+    """The text with no user and password in the addresses that it has: some libraries' errors show them."""
+    return re.sub(r"(?<!/)//(?!/)\S*@", "//…@", text)  # up to the last @: a password may have one
 
 
 def write(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ import os
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before MLflow is imported
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -12,7 +11,6 @@ import http.server
 import re
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -26,6 +24,8 @@ import numpy as np
 import pytest
 from dvc.utils.serialize import load_yaml, modify_yaml
 from mlflow.entities import Run
+
+from stages.store import move_artifacts
 
 ROOT = Path(__file__).parent.parent
 
@@ -223,14 +223,7 @@ def copy(project: Project, parent: Path) -> Project:
     old, new = project.folder, parent / "project"
     shutil.copytree(old, new, symlinks=True)
     if (new / "mlflow.db").exists():
-        with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
-            for table, column in (
-                ("experiments", "artifact_location"),
-                ("runs", "artifact_uri"),
-                ("logged_models", "artifact_location"),
-            ):
-                database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(old), str(new)))
-            database.commit()
+        move_artifacts(new / "mlflow.db", *((folder / "mlartifacts").as_uri() for folder in (old, new)))
     return Project(new)
 
 
