@@ -88,8 +88,8 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
         try:
             for key in wanted.keys() - contents.keys():
                 contents[key] = unpack(read(wanted[key]), wanted[key])
-        # requests' errors are OSErrors; urllib3's come from reading the body.
-        except (StageError, OSError, HTTPError, subprocess.SubprocessError) as error:
+        # requests' errors are OSErrors, but a TypeError for a proxy without a host; urllib3's come from the body.
+        except (StageError, OSError, TypeError, HTTPError, subprocess.SubprocessError) as error:
             failures.append(hide_credentials(f"{name}: {error}"))  # a proxy's address may have a password
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:

@@ -22,6 +22,7 @@ class StageError(Exception):
 
 def hide_credentials(text: str) -> str:
     """The text with no user and password in the addresses that it has: some libraries' errors show them."""
+    text = re.sub(r"'.*' is not a valid host or port", "no valid host or port", text)  # a password with a slash
     return re.sub(r"(?<!/)//(?!/)\S*@", "//…@", text)  # up to the last @: a password may have one
 
 

@@ -10,14 +10,17 @@ import hashlib
 import http.server
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import numpy as np
@@ -225,6 +228,49 @@ def copy(project: Project, parent: Path) -> Project:
     if (new / "mlflow.db").exists():
         move_artifacts(new / "mlflow.db", *((folder / "mlartifacts").as_uri() for folder in (old, new)))
     return Project(new)
+
+
+class Served(NamedTuple):
+    project: Project
+    port: int
+    pid: int  # of make
+
+
+@pytest.fixture(scope="session")
+def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A project that was moved after it ran, and `make ui` at work in it, in the environment of the tests."""
+    project = Project(tmp_path_factory.mktemp("served") / "über uns")
+    shutil.copytree(finished_project.folder, project.folder, symlinks=True)
+    project.run("python", "-m", "commands.sync")
+    (project.folder / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (project.folder / ".venv" / path.name).symlink_to(path)
+    (project.folder / ".venv/installed").touch()
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    with (project.folder / "ui.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["make", "ui"],
+            cwd=project.folder,
+            env=environment | {"MLFLOW_PORT": str(port)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            break
+        except OSError:
+            shown = (project.folder / "ui.log").read_text()
+            assert process.poll() is None, shown
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.2)
+    yield Served(project, port, process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture
