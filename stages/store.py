@@ -87,9 +87,7 @@ class Store:
         self.pipeline = Pipeline(folder)
         embedded = "MLFLOW_TRACKING_URI" not in os.environ
         if embedded:
-            # In an address, % begins an escape and ? ends the path.
-            path = str(root / "mlflow.db").replace("%", "%25").replace("?", "%3F")
-            mlflow.set_tracking_uri(f"sqlite:///{path}")
+            mlflow.set_tracking_uri(sqlite_address(root / "mlflow.db"))
         # A server knows where its artifacts go. A database would put them into the current folder, which may be
         # deleted.
         served = mlflow.get_tracking_uri().startswith("http")
@@ -378,6 +376,13 @@ def describe(error: BaseException) -> str:
         error = cause
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return hide_credentials(f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason})")
+
+
+def sqlite_address(path: Path) -> str:
+    """The address of an SQLite database: in one, % begins an escape and ? ends the path."""
+    escaped = str(path).replace("%", "%25").replace("?", "%3F")
+    # Without the driver's name, MLflow would make a folder of the escaped name.
+    return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
 
 
 def move_artifacts(database: Path, former: str, current: str) -> None:
