@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import json
 import re
 import shutil
 import signal
@@ -96,6 +97,31 @@ def mirror(tiny_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactor
         server.shutdown()
 
 
+# Runs commands one after the other in one process, which imports their libraries once.
+DRIVER = """
+import contextlib, io, json, runpy, shlex, sys
+ends = []
+for command in sys.argv[1:]:
+    module, *arguments = shlex.split(command)
+    sys.argv = [module, *arguments]
+    output, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_module(f"commands.{module}", run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    ends.append((str(status), output.getvalue()))
+print(json.dumps(ends))
+"""
+
+
+class End(NamedTuple):
+    """How a command ended."""
+
+    status: str  # "0", or what it gave to sys.exit
+    output: str
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of the project, with git and DVC, in a folder of its own."""
@@ -119,6 +145,13 @@ class Project:
     def repro(self, *arguments: str, check: bool = True, **env: str) -> list[str]:
         """Run `dvc repro` and return the stages that it ran."""
         return ran(self.dvc("repro", *arguments, check=check, **env).stdout)
+
+    def commands(self, *commands: str, **env: str) -> dict[str, End]:
+        """Run commands as `python -m commands.NAME …` does, but in one process; none may end in a traceback."""
+        result = self.run("python", "-c", DRIVER, *commands, check=True, **env)
+        ends = [End(*end) for end in json.loads(result.stdout.splitlines()[-1])]
+        assert not any("\n" in end.status or "Traceback" in end.output for end in ends), ends
+        return dict(zip(commands, ends, strict=True))
 
     def set(self, key: str, value: Any) -> None:
         """Set a parameter, by its dotted key."""

@@ -4,7 +4,6 @@ import ast
 import base64
 import gzip
 import io
-import json
 import os
 import pickle
 import re
@@ -13,7 +12,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlflow
 import psutil
@@ -71,37 +70,6 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-# Runs commands one after the other in one process, which imports their libraries once.
-DRIVER = """
-import contextlib, io, json, runpy, shlex, sys
-ends = []
-for command in sys.argv[1:]:
-    module, *arguments = shlex.split(command)
-    sys.argv = [module, *arguments]
-    output, status = io.StringIO(), 0
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            runpy.run_module(f"commands.{module}", run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-    ends.append((str(status), output.getvalue()))
-print(json.dumps(ends))
-"""
-
-
-class End(NamedTuple):
-    status: str  # "0", or what the command gave to sys.exit
-    output: str
-
-
-def run_commands(project: Project, *commands: str, **env: str) -> dict[str, End]:
-    """Run commands as `python -m commands.NAME …` does; none may end in a traceback."""
-    result = project.run("python", "-c", DRIVER, *commands, check=True, **env)
-    ends = [End(*end) for end in json.loads(result.stdout.splitlines()[-1])]
-    assert not any("\n" in end.status or "Traceback" in end.output for end in ends), ends
-    return dict(zip(commands, ends, strict=True))
-
-
 # No pickle is ever loaded
 
 
@@ -154,8 +122,7 @@ def test_commands_refuse_or_ignore_pickles(project: Project, plant: bytes, tmp_p
     for name in (TRAIN_SET, TEST_SET, MODEL, *(out for out in outs if not out.endswith(".png"))):
         (project.folder / name).write_bytes(plant)
     predict = f"predict '{tmp_path}/image.png' --model"
-    ends = run_commands(
-        project,
+    ends = project.commands(
         f"{predict} {MODEL}",
         f"{predict} models:/{model.model_id}",
         f"export '{tmp_path}/lenet.onnx'",
@@ -218,8 +185,7 @@ def test_a_model_in_mlflow_that_is_a_pickle_is_refused(
     assert marker.exists(), "MLflow alone loads it"
     marker.unlink()
     Image.new("L", (28, 28)).save(tmp_path / "image.png")
-    ends = run_commands(
-        project,
+    ends = project.commands(
         f"predict --model models:/{model.model_id} '{tmp_path}/image.png'",
         f"promote {train.info.run_id}",
         f"predict --model models:/fashion-mnist-lenet@champion '{tmp_path}/image.png'",
@@ -420,7 +386,7 @@ def test_no_secret_of_the_environment_is_recorded_or_shown(new_project: Project,
     run_id = Store(project).runs("train")[-1].info.run_id
     commands = ["audit", "sync", "promote", f"lineage {run_id}", f"compare {run_id} {run_id}"]
     commands.append(f"predict --model models:/fashion-mnist-lenet@champion '{tmp_path}/image.png'")
-    here = run_commands(project, *commands, **SECRETS)
+    here = project.commands(*commands, **SECRETS)
     assert here[f"lineage {run_id}"].status == "0"
     project.set("train.batch_size", 10**6)
     command = Pipeline(project.folder).stages["train"]["cmd"].split()
@@ -501,7 +467,7 @@ def test_a_server_s_password_is_neither_recorded_nor_shown(served: Served) -> No
     assert "warning" not in result.stderr
     run = Store(project).runs("evaluate")[0]
     assert run.data.tags["git.dirty"] == "true"
-    ends = run_commands(project, "audit", "sync", f"lineage {run.info.run_id}", MLFLOW_TRACKING_URI=uri)
+    ends = project.commands("audit", "sync", f"lineage {run.info.run_id}", MLFLOW_TRACKING_URI=uri)
     assert {end.status for end in ends.values()} == {"0"}
     (download,) = [
         line for line in ends[f"lineage {run.info.run_id}"].output.splitlines() if "code.patch --dst" in line
