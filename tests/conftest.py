@@ -272,8 +272,8 @@ class Served(NamedTuple):
 @pytest.fixture(scope="session")
 def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A project that was moved after it ran, and `make ui` at work in it, in the environment of the tests."""
-    project = Project(tmp_path_factory.mktemp("served") / "über uns")
-    shutil.copytree(finished_project.folder, project.folder, symlinks=True)
+    before = copy(finished_project, tmp_path_factory.mktemp("served")).folder
+    project = Project(before.rename(before.with_name("über uns")))
     project.run("python", "-m", "commands.sync")
     (project.folder / ".venv").mkdir()
     for path in Path(sys.prefix).iterdir():
