@@ -6,7 +6,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 STORE := sqlite:///mlflow.db
 
-.PHONY: help repro test bench ui sync audit lint format lock
+.PHONY: help repro test stress bench ui sync audit lint format lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -18,6 +18,10 @@ repro: .venv/installed  ## run what a change affects, then show the metrics
 
 test: .venv/installed  ## run the tests
 	@pytest tests/
+
+stress: .venv/installed  ## run the long forms of the reliability tests: kills, faults, bad input; 30 minutes
+	@pytest --stress tests/test_kills.py tests/test_checkpoint.py tests/test_faults.py tests/test_bad_input.py \
+		tests/test_fetch.py tests/test_security.py tests/test_places.py
 
 bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 15 minutes, with nothing else at work
 	@dvc repro fetch

@@ -288,7 +288,8 @@ def measure_store(bench: Bench) -> Row:
     now = int(time.time() * 1000)
     start = {"event": "start", "stage": "evaluate", "folder": str(folder), "params": params, "time": now}
     end = {"event": "end", "status": "FINISHED"}
-    events = "".join(json.dumps(event) + "\n" for event in (start | {"pid": os.getpid()}, end))
+    said = (start | {"pid": os.getpid()}, end, {"event": "succeeded"})
+    events = "".join(json.dumps(event) + "\n" for event in said)
     seconds: dict[Path, list[float]] = {few: [], many: []}
     for _ in tqdm(range(8), "2,000 runs"):
         for store, values in seconds.items():

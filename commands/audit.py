@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.params import read_params, read_values
 from stages.pipeline import Pipeline, Record, flatten
-from stages.stage import StageError
+from stages.stage import StageError, cache_path, is_damaged, remove
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -63,6 +63,12 @@ def audit_files(pipeline: Pipeline) -> Iterator[str]:
         for path, digest in files.items():
             if found[path] != digest:
                 yield f"{path}: dvc.lock ({stage}) has MD5 {digest}, the file {found[path] or 'is missing'}"
+        # DVC does not read what it takes from its cache, and says nothing of this.
+        for path, digest in record.outs.items():
+            if is_damaged(cached := cache_path(digest)):
+                whole = found[path] == digest
+                cure = f"`{remove(cached)}`" if whole else f"`{remove(Path(path), cached)}`, then `dvc repro`"
+                yield f"{path}: DVC's copy is damaged; {cure}"
 
 
 def audit_store(store: "Store") -> Iterator[str]:

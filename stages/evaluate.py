@@ -6,7 +6,6 @@ python -m stages.evaluate data/fashion-mnist/test.safetensors models/lenet.safet
 """
 
 import argparse
-import gc
 import io
 import math
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from typing import Any
 from stages import stage, tracking
 
 if __name__ == "__main__":
-    gc.disable()  # what is imported stays: nothing of it is garbage
+    stage.prepare()
     tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np
@@ -30,7 +29,7 @@ from stages.evaluation_figures import plot_confusion, plot_mistakes, plot_per_cl
 from stages.figure import write_png
 from stages.lenet import predict, read_model
 from stages.params import read_params
-from stages.stage import write, write_csv, write_json
+from stages.stage import check_inputs, write, write_csv, write_json
 
 ECE_BINS = 15  # as in the source
 
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
+    check_inputs(args.dataset, args.model)
 
     with tracking.run("evaluate") as run:
         device = set_up_device(params.evaluate.device, params.evaluate.threads)

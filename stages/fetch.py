@@ -7,7 +7,6 @@ fetch.mirrors; and, where apt-get exists, that package downloaded with it (this 
 """
 
 import argparse
-import gc
 import hashlib
 import io
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from stages import stage, tracking
 
 if __name__ == "__main__":
-    gc.disable()  # what is imported stays: nothing of it is garbage
+    stage.prepare()
     tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np

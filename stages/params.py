@@ -60,6 +60,7 @@ class Train(Section):
     activation: Literal["sigmoid", "relu"]
     init: Literal["xavier", "default"]
     standardize: bool
+    checkpoint_epochs: Annotated[int, Field(ge=0)]
     device: Device
     threads: PositiveInt
 

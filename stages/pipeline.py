@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
+
+from stages.stage import StageError, md5
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,25 @@ class Pipeline:
     """dvc.yaml and dvc.lock of the project in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        yaml = YAML(typ="safe")
-        path = folder / "dvc.lock"
+        """Read both. Raises StageError where one of them is damaged, as by a merge."""
         self.folder = folder
-        self.stages: dict[str, Any] = yaml.load(folder / "dvc.yaml")["stages"]
-        self.lock: dict[str, Any] = yaml.load(path)["stages"] if path.exists() else {}
+        self.stages: dict[str, Any] = {}
+        self.lock: dict[str, Any] = {}
+        path, cure = folder / "dvc.yaml", "`git checkout dvc.yaml` brings it back"
+        try:
+            self.stages = _read_stages(path)
+            order = self.in_order()
+            path, cure = folder / "dvc.lock", "remove it, and `dvc repro` makes it again"
+            if path.exists():
+                self.lock = _read_stages(path)
+            for stage in order:
+                self.locked(stage)
+        except (OSError, UnicodeDecodeError, YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"line {mark.line + 1}: " if mark else ""
+            raise StageError(f"cannot read {path}: {where}{getattr(error, 'problem', None) or error}; {cure}") from None
+        except (KeyError, TypeError, AttributeError, RecursionError):
+            raise StageError(f"{path}: expected stages as DVC writes them, found something else; {cure}") from None
 
     def deps(self, stage: str) -> list[str]:
         return self.stages[stage]["deps"]
@@ -76,10 +92,10 @@ class Pipeline:
 
     def missing_outs(self, stage: str) -> list[str]:
         """The outs of the stage that are not as dvc.lock says; all of them where it says nothing."""
-        if stage not in self.lock:
-            return self.outs(stage)
-        locked = {file["path"]: file["md5"] for file in self.lock[stage]["outs"]}
-        return [path for path, digest in self.hash(locked).items() if digest != locked[path]]
+        record = self.locked(stage)
+        locked = record.outs if record else {}
+        paths = dict.fromkeys([*self.outs(stage), *locked])
+        return [path for path, digest in self.hash(paths).items() if digest != locked.get(path)]
 
     def _upstream_params(self, stage: str) -> dict[str, Any]:
         """The params of the stages before this one as they ran: params.yaml may say something else by now."""
@@ -89,10 +105,8 @@ class Pipeline:
         return params
 
 
-def md5(path: Path) -> str:
-    """MD5 of a file, in hexadecimal, as DVC records it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+def _read_stages(path: Path) -> dict[str, Any]:
+    return dict(YAML(typ="safe").load(path)["stages"].items())
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -39,7 +39,7 @@ import mlflow.store.tracking.sqlalchemy_store  # MLflow would import it later, w
 import numpy as np
 import psutil
 from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
@@ -47,7 +47,7 @@ from ruamel.yaml import YAML, YAMLError
 from safetensors import safe_open
 
 from stages.pipeline import Pipeline, Record, flatten, md5
-from stages.stage import hide_credentials
+from stages.stage import StageError, hide_credentials
 
 gc.enable()
 gc.freeze()
@@ -94,8 +94,9 @@ class Store:
         artifacts = (root / "mlartifacts").as_uri()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         # Processes that create an SQLite store at the same time break each other's migrations, and two stages that
-        # find the same record missing would both make it.
-        lock = root / ".dvc" / "tmp" / "mlflow.lock"
+        # find the same record missing would both make it. Several projects may share a database.
+        database = re.match("sqlite:///([^?]+)", mlflow.get_tracking_uri())
+        lock = Path(f"{database[1]}.lock") if database else root / ".dvc" / "tmp" / "mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(lock, timeout=60)
         with self.lock:
@@ -145,23 +146,32 @@ class Store:
     def find(self, record: Record) -> Run | None:
         """The newest finished run of this very execution: same command, deps, params and outs."""
         runs = self.search(_identity(record) | _hash_tags("outs", record.outs), "FINISHED")
+        if parent := self.parent(record):  # before newer ones: the clock may have been wrong
+            runs.sort(key=lambda run: run.data.tags.get("mlflow.parentRunId") != parent.info.run_id)
         return runs[0] if runs else None
+
+    def unfinished(self, record: Record) -> Run | None:
+        """The newest run of this very execution, here and with the same versions, that was cut off before its end."""
+        tags = _identity(record) | _version_tags() | {"process.host": socket.gethostname()}
+        runs = self.search(tags, "KILLED") + [run for run in self.search(tags, "RUNNING") if not _is_alive(run)]
+        values = param_values(record)  # they may have been cut off, too; those of stages before this one may differ
+        runs = [run for run in runs if run.data.params.items() <= values.items()]
+        return max(runs, key=lambda run: run.info.start_time, default=None)
 
     # Writing runs
 
     def begin(self, record: Record, parent: Run | None, start_time: int, pid: int | None) -> str:
-        """Create the run of an execution, with all that is known when it starts; return the run's id.
+        """Create the run of an execution, or go on with an unfinished one; return the run's id.
 
-        `start_time` in milliseconds since 1970; `pid` is the process of the stage, None where there is none.
+        It has all that is known at the start. `start_time` in milliseconds since 1970; `pid` is the process of the
+        stage, None where there is none.
         """
-        tags = _identity(record) | {"dvc.cmd": record.cmd} | _hash_tags("deps", record.deps)
+        tags = _identity(record) | {"dvc.cmd": record.cmd} | _hash_tags("deps", record.deps) | _version_tags()
         tags |= {
             "mlflow.source.type": "LOCAL",
             "mlflow.source.name": f"dvc.yaml:{record.stage}",
             "mlflow.user": psutil.Process().username(),
         }
-        tags |= {f"version.{package}": importlib.metadata.version(package) for package in (*SERVING_PACKAGES, "dvc")}
-        tags |= {"version.python": platform.python_version()}
         for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
             if value := os.environ.get(variable):
                 tags[variable.lower().replace("_", ".", 1)] = value
@@ -177,7 +187,13 @@ class Store:
         experiment = os.environ.get("DVC_EXP_NAME")
         what = [*([experiment] if experiment else []), *changes[:3], *(["…"] if len(changes) > 3 else [])]
         name = " ".join([record.stage, *(what or [record.fingerprint[:8]])])
-        run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
+        with self.lock:
+            if unfinished := self.unfinished(record):
+                run_id = unfinished.info.run_id
+                self.client.update_run(run_id, "RUNNING", name)
+                self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in {**tags, "resumed": "true"}.items()])
+            else:
+                run_id = self.client.create_run(self.experiment_id, start_time, tags, name).info.run_id
         self._log_inputs(run_id, record)
         if patch:
             with tempfile.TemporaryDirectory() as folder:
@@ -190,12 +206,16 @@ class Store:
         self.client.log_batch(run_id, params=[Param(key, value) for key, value in param_values(record).items()])
         self._log_datasets(run_id, record)
 
+    def steps(self, run_id: str) -> set[int]:
+        """The epochs whose metrics the run has."""
+        return {point.step for point in self.client.get_metric_history(run_id, "train_loss")}
+
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0, **links: Any) -> None:
         now = int(time.time() * 1000)
         self.client.log_batch(run_id, [Metric(key, value, now, step, **links) for key, value in metrics.items()])
 
     def complete(self, run_id: str, record: Record) -> None:
-        """Add what the outs say, and close the run as FINISHED; what the run has already is not logged again."""
+        """Add what the outs say; what the run has already is not logged again."""
         folder, outs = self.pipeline.folder, record.outs
         if record.stage == "fetch":
             self._log_datasets(run_id, record)
@@ -207,9 +227,19 @@ class Store:
             self._log_model(run_id, one(outs, ".safetensors"), outs)
         if record.stage == "evaluate":
             self._log_evaluation(run_id, record)
-        # These tags make the run the record of these outs: last, when all of it is there.
+        # With FINISHED, these tags make the run the record of these outs: last, when all of it is there.
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _hash_tags("outs", outs).items()])
-        self.client.set_terminated(run_id, "FINISHED")
+
+    def close(self, run_id: str, status: str, pid: int) -> None:
+        """End the run of the stage with this process; where a later process goes on with the run, leave it alone."""
+        with self.lock:
+            if self.client.get_run(run_id).data.tags["process.pid"] == str(pid):
+                self._terminate(run_id, status)
+
+    def _terminate(self, run_id: str, status: str) -> None:
+        """End a run now or, where the clock was set back to before its start, at its start."""
+        start_time = self.client.get_run(run_id).info.start_time
+        self.client.set_terminated(run_id, status, max(start_time, int(time.time() * 1000)))
 
     def datasets(self, record: Record) -> dict[str, str]:
         """The data sets that the stage reads, or makes, by name; the digest is the MD5 that DVC knows."""
@@ -231,7 +261,7 @@ class Store:
     def _log_curves(self, run_id: str, history: Path) -> None:
         with history.open(newline="") as file:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-        logged = {point.step for point in self.client.get_metric_history(run_id, "train_loss")}
+        logged = self.steps(run_id)
         for row in rows:
             step = int(row.pop("epoch"))
             if step not in logged:
@@ -239,8 +269,12 @@ class Store:
 
     def _log_model(self, run_id: str, path: str, outs: Mapping[str, str]) -> None:
         """Log the weights as a model that MLflow can load and serve, made from code: no pickle."""
-        if self.model_id(self.client.get_run(run_id)):
-            return
+        model_id = self.model_id(self.client.get_run(run_id))
+        if model_id and self.client.get_logged_model(model_id).status == LoggedModelStatus.READY:
+            return  # one that was cut off in the middle is not ready
+        for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'"):
+            if model.model_id != model_id:  # it was cut off before the run knew of it
+                self.client.delete_logged_model(model.model_id)
         with safe_open(self.pipeline.folder / path, framework="numpy") as weights:
             classes = json.loads(weights.metadata()["lenet"])["classes"]
         example = np.zeros((1, 28, 28), np.uint8)
@@ -249,7 +283,8 @@ class Store:
         Model.log(
             artifact_path=None,
             flavor=SimpleNamespace(save_model=_save_model),
-            run_id=run_id,
+            run_id=None if model_id else run_id,  # a run cannot have the same model twice
+            model_id=model_id,
             name=f"lenet-{outs[path][:8]}",
             python_model=str(CODE / "serving.py"),
             artifacts={"weights": (self.pipeline.folder / path).absolute().as_uri()},  # MLflow unquotes a path
@@ -324,8 +359,7 @@ class Store:
     def restore(self, stage: str) -> str | None:
         """Make the run of the execution that dvc.lock records, if it is missing; return its id.
 
-        The run that a lost connection left behind is completed. Nothing is made of outs that are not as dvc.lock
-        says.
+        A run that was cut off is completed. Nothing is made of outs that are not as dvc.lock says.
         """
         record = self.pipeline.locked(stage)
         if record is None or self.pipeline.missing_outs(stage):
@@ -335,14 +369,14 @@ class Store:
             run = self.find(record)
             if run and (parent is None or run.data.tags.get("mlflow.parentRunId") == parent.info.run_id):
                 return None
-            left = [run for run in self.search(_identity(record), "RUNNING") if not _is_alive(run)]
-            if left:
-                run_id = left[0].info.run_id
+            if unfinished := self.unfinished(record):
+                run_id = unfinished.info.run_id
                 self._log_inputs(run_id, record)  # it may have been cut off before
             else:
                 run_id = self.begin(record, parent, int(time.time() * 1000), None)
             self.client.set_tag(run_id, "restored", "true")
             self.complete(run_id, record)
+            self._terminate(run_id, "FINISHED")
             return run_id
 
     def restore_upstream(self, stage: str) -> None:
@@ -359,7 +393,7 @@ class Store:
         """Close the dead runs as KILLED; return their ids."""
         run_ids = [run.info.run_id for run in self.dead()]
         for run_id in run_ids:
-            self.client.set_terminated(run_id, "KILLED")
+            self._terminate(run_id, "KILLED")
         return run_ids
 
 
@@ -372,6 +406,8 @@ def quiet() -> None:
 
 def describe(error: BaseException) -> str:
     """One line on a failure of the store, with its first cause; without the credentials that an address may hold."""
+    if isinstance(error, StageError):  # not the store's: dvc.yaml or dvc.lock is damaged
+        return str(error)
     while cause := error.__cause__ or error.__context__:
         error = cause
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -436,6 +472,11 @@ def _identity(record: Record) -> dict[str, str]:
     return {"stage": record.stage, "dvc.fingerprint": record.fingerprint}
 
 
+def _version_tags() -> dict[str, str]:
+    versions = {f"version.{package}": importlib.metadata.version(package) for package in (*SERVING_PACKAGES, "dvc")}
+    return versions | {"version.python": platform.python_version()}
+
+
 def _hash_tags(kind: str, md5s: Mapping[str, str]) -> dict[str, str]:
     return {f"dvc.{kind}.{path}": md5 for path, md5 in md5s.items()}
 
@@ -485,7 +526,9 @@ def one(paths: Iterable[str], ending: str) -> str:
 def _process_tags(pid: int) -> dict[str, str]:
     created = ""
     with contextlib.suppress(psutil.NoSuchProcess):
-        created = str(psutil.Process(pid).create_time())
+        # Setting the clock must not make it another process. Linux has the start in time since boot, to which psutil
+        # adds the time of the boot, which moves with the clock; macOS keeps the time of day that it was.
+        created = f"{psutil.Process(pid).create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
     return {"process.host": socket.gethostname(), "process.pid": str(pid), "process.created": created}
 
 

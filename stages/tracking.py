@@ -11,6 +11,8 @@ import contextlib
 import functools
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.params import read_values
-from stages.stage import StageError
+from stages.stage import SIGNALS, StageError
 
 END_SECONDS = 60  # how long a stage that is done waits for its recorder
 
@@ -41,6 +42,8 @@ class Run:
 
     def __init__(self, stage: str) -> None:
         """Begin the run. Raises StageError where tracking is strict and the store cannot be used."""
+        from stages.params import read_values  # here, so that start_recorder need not wait for its imports
+
         self._strict = os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false")
         self._lost = False
         self._recorder = start_recorder()
@@ -50,7 +53,7 @@ class Run:
         folder, now = str(Path.cwd()), int(time.time() * 1000)
         self._send(event="start", stage=stage, folder=folder, params=read_values(), time=now, pid=os.getpid())
         os.set_blocking(self._events.fileno(), False)  # a recorder that hangs must not stop the stage
-        if self._strict and self._recorder.stdout.readline() != b"ready\n":
+        if self._strict and not self._hears("ready", time.monotonic() + END_SECONDS):
             raise StageError("MLflow cannot record this run, and TRACKING_STRICT is set")
 
     def set_tag(self, key: str, value: str) -> None:
@@ -64,19 +67,31 @@ class Run:
 
         Raises StageError where tracking is strict and the store does not get it.
         """
+        deadline = time.monotonic() + END_SECONDS
         self._send(event="end", status=status)
+        if status == "FINISHED" and self._hears("complete", deadline):
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the stage has succeeded: a signal is too late now
+            self._send(event="succeeded")
         if self._lost:
             self._recorder.kill()  # it must not take the missing end for a killed stage
-        with contextlib.suppress(OSError):
-            self._events.close()
-        try:
-            recorded = self._recorder.wait(END_SECONDS) == 0
-        except subprocess.TimeoutExpired:
+        recorded = self._hears("closed", deadline)
+        if not recorded and time.monotonic() >= deadline:
             self._recorder.kill()
-            recorded = False
             print(f"warning: MLflow took over {END_SECONDS} s; `make sync` completes the record", file=sys.stderr)
         if self._strict and not recorded:
             raise StageError("MLflow has not recorded this run, and TRACKING_STRICT is set")
+
+    def _hears(self, word: str, deadline: float) -> bool:
+        """Wait for a word of the recorder; False where it ends, or it is too late, without."""
+        assert self._recorder.stdout
+        said = b""
+        while word.encode() not in said:
+            if not select.select([self._recorder.stdout], [], [], max(deadline - time.monotonic(), 0))[0]:
+                return False
+            if not (more := os.read(self._recorder.stdout.fileno(), 1024)):
+                return False
+            said += more
+        return True
 
     def _send(self, **event: Any) -> None:
         """Send an event, unless one before was lost. What is lost here stands in the stage's files."""

@@ -5,7 +5,6 @@ python -m stages.train data/fashion-mnist/train.safetensors --model models/lenet
 """
 
 import argparse
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from stages import stage, tracking
 
 if __name__ == "__main__":
-    gc.disable()  # what is imported stays: nothing of it is garbage
+    stage.prepare()
     tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np
@@ -23,12 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from stages.checkpoint import Checkpoint
 from stages.dataset import Dataset, read_dataset
 from stages.device import set_up_device
 from stages.figure import DARK, LIGHT, MIDDLE, make_figure, write_png
 from stages.lenet import LeNet, predict, write_model
 from stages.params import Train, read_params
-from stages.stage import StageError, write_csv, write_json
+from stages.stage import StageError, check_inputs, write_csv, write_json
 from stages.training_step import Step
 
 VALIDATION_BATCH_SIZE = 1000
@@ -43,19 +43,25 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
+    check_inputs(args.dataset)
 
     with tracking.run("train") as run:
         device = set_up_device(params.train.device, params.train.threads)
         run.set_tag("device", str(device))
-        model, history = train(read_dataset(args.dataset), params.train, device, run)
+        dataset = read_dataset(args.dataset)
+        checkpoint = Checkpoint(params.train, dataset, device)
+        model, history = train(dataset, params.train, device, run, checkpoint)
         write_model(args.model, model)
         write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "train_lr")})
         write_csv(args.history, history)
         write_png(args.plots / "curves.png", plot_curves(history))
+    checkpoint.remove()
 
 
-def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.Run) -> tuple[LeNet, list[dict]]:
-    """Return the trained model and the metrics of each epoch.
+def train(
+    dataset: Dataset, params: Train, device: torch.device, run: tracking.Run, checkpoint: Checkpoint
+) -> tuple[LeNet, list[dict]]:
+    """Return the trained model and the metrics of each epoch; go on from the checkpoint where there is one.
 
     Raises StageError when a size does not fit the data set, or when the loss is not finite.
     """
@@ -82,8 +88,10 @@ def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.R
         step.use_cuda_graph(params.batch_size)
 
     steps = -(-len(training) // params.batch_size)  # an epoch's
-    history = []
-    for epoch in range(1, params.epochs + 1):
+    history = checkpoint.load(step.state())
+    if history:
+        print(f"going on after epoch {len(history)}/{params.epochs}, from a checkpoint", flush=True)
+    for epoch in range(len(history) + 1, params.epochs + 1):
         start = time.perf_counter()
         # The order depends on (seed, epoch) alone, not on what ran before.
         order = training[np.random.default_rng((params.seed, epoch)).permutation(len(training))].to(device)
@@ -100,6 +108,8 @@ def train(dataset: Dataset, params: Train, device: torch.device, run: tracking.R
             held_out = validation.to(device)
             metrics |= validate(model, images[held_out], labels[held_out])
         history.append(metrics)
+        if params.checkpoint_epochs and epoch % params.checkpoint_epochs == 0:
+            checkpoint.save(step.state(), history)
         run.log_metrics(metrics, step=epoch)
         print(describe(metrics, params.epochs, rate), flush=True)
     return model, history

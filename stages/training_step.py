@@ -35,6 +35,12 @@ class Step:
         self._batch = torch.zeros(0, dtype=torch.int64, device=device)  # what the graph, where there is one, reads
         self._replay: Callable[[], None] | None = None
 
+    def state(self) -> dict[str, Tensor]:
+        """What learning changes and the next step depends on, by name: the tensors themselves, not copies."""
+        names = [name for name, _ in self.model.named_parameters()]
+        kinds = {"param": self.params, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "step": self.steps}
+        return {f"{kind}.{name}": tensor for kind, of in kinds.items() for name, tensor in zip(names, of, strict=True)}
+
     def __call__(self, batch: Tensor, lr: float) -> None:
         """Learn from the images at the indices int64 (B,), at this learning rate."""
         self.lr.fill_(lr)
@@ -79,7 +85,7 @@ class Step:
 
         Where the capture fails, warns and leaves all as it was: the same steps are then launched one by one.
         """
-        state = [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.steps, self.loss_sum, self.correct]
+        state = [*self.state().values(), self.loss_sum, self.correct]
         before = [tensor.detach().clone() for tensor in state]
         self._batch = self._batch.new_zeros(batch_size)
         try:

@@ -93,7 +93,8 @@ def test_a_stage_whose_input_is_foreign_says_so_and_what_dvc_removed_is_put_back
     model.write_bytes(b"not a model")
     result = project.dvc("repro", "--single-item", "evaluate", check=False)
     assert result.returncode != 0
-    assert "error: models/lenet.safetensors is not a model that train wrote" in result.stderr
+    expected = project.md5s()["models/lenet.safetensors"]
+    assert f"error: models/lenet.safetensors: expected MD5 {expected}, as dvc.lock says, found " in result.stderr
     assert "Traceback" not in result.stderr
     assert (project.folder / "metrics/evaluate.json").read_bytes() == scores
     assert (project.folder / "metrics/predictions.parquet").exists()

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import Project, Store, copy
 from mlflow.entities import Run
 
 from stages.params import read_params, read_values
 from stages.pipeline import Pipeline
+from stages.store import _process_tags
 
 STAGES = ("fetch", "train", "evaluate")
 
@@ -111,7 +111,6 @@ def test_runs_of_dead_processes_are_closed_and_those_of_living_ones_are_not(proj
     store = Store(project)
     living = store.run("train").data.tags
     process = {"stage": "train", "process.host": living["process.host"]}
-    own = str(psutil.Process().create_time())
 
     def begin(**tags: str) -> str:
         run = store.client.create_run(store.experiment_id, tags=process | tags)
@@ -119,7 +118,7 @@ def test_runs_of_dead_processes_are_closed_and_those_of_living_ones_are_not(proj
 
     dead = begin(**{"process.pid": living["process.pid"], "process.created": living["process.created"]})
     reused = begin(**{"process.pid": str(os.getpid()), "process.created": "1.0"})
-    alive = begin(**{"process.pid": str(os.getpid()), "process.created": own})
+    alive = begin(**_process_tags(os.getpid()))
     elsewhere = begin(**{"process.host": "another-host", "process.pid": "1", "process.created": "1.0"})
     lines = sync(project)
     assert sorted(lines[3:]) == sorted(f"closed run {run_id} as KILLED" for run_id in (dead, reused))

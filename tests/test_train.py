@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, make_images
 
 from stages import tracking
+from stages.checkpoint import Checkpoint
 from stages.dataset import Dataset
 from stages.device import set_up_device
 from stages.lenet import LeNet, predict, read_model, write_model
@@ -36,15 +37,22 @@ def make_dataset(size: int) -> Dataset:
     return Dataset(make_images(labels, np.random.default_rng(size)), labels, CLASSES)
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # checkpoints lie below the current folder
+
+
 def make_params(**changes: Any) -> Train:
     defaults = read_params(ROOT / "params.yaml").train
-    return defaults.model_copy(update={"validation_size": 100, "batch_size": 16, "epochs": 3, **changes})
+    return defaults.model_copy(
+        update={"validation_size": 100, "batch_size": 16, "epochs": 3, "checkpoint_epochs": 0, **changes}
+    )
 
 
-def fit(**changes: Any) -> tuple[LeNet, list[dict]]:
-    params = make_params(**changes)
+def fit(dataset: Dataset | None = None, listener: Listener | None = None, **changes: Any) -> tuple[LeNet, list[dict]]:
+    params, dataset = make_params(**changes), dataset or make_dataset(600)
     set_up_device("cpu", params.threads)
-    return train(make_dataset(600), params, CPU, Listener())
+    return train(dataset, params, CPU, listener or Listener(), Checkpoint(params, dataset, CPU))
 
 
 def bits(model: LeNet) -> dict[str, bytes]:
@@ -80,7 +88,7 @@ def test_the_order_of_an_epoch_does_not_depend_on_what_ran_before() -> None:
 
 def test_each_epoch_is_logged_as_it_stands_in_the_history() -> None:
     listener = Listener()
-    _, history = train(make_dataset(600), make_params(), CPU, listener)
+    _, history = fit(listener=listener)
     assert [step for step, _ in listener.logged] == [1, 2, 3]
     assert [metrics for _, metrics in listener.logged] == history
     assert list(history[0]) == [
@@ -101,8 +109,7 @@ def test_without_a_validation_split_all_images_train() -> None:
 def test_train_metrics_count_every_image_once_and_a_short_batch_by_its_size() -> None:
     """With a learning rate too small to change a float32 weight, the running loss is the model's mean loss."""
     dataset = make_dataset(130)
-    params = make_params(validation_size=0, batch_size=64, epochs=1, lr=1e-30)
-    model, (metrics,) = train(dataset, params, CPU, Listener())
+    model, (metrics,) = fit(dataset, validation_size=0, batch_size=64, epochs=1, lr=1e-30)
     logits = predict(model, torch.from_numpy(dataset.images), 130)
     labels = torch.from_numpy(dataset.labels).long()
     assert metrics["train_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)

@@ -1,0 +1,105 @@
+"""The checkpoint of a training: a file outside the outs, which only the very same training goes on from.
+
+It lies in .dvc/tmp/checkpoints of the project, under a hash of all that decides the result: the data, the params, the
+code, the versions and the hardware. So one of anything else is never used, and the folder may be deleted at any time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from stages.dataset import Dataset
+from stages.params import Train
+from stages.stage import StageError, write
+
+FOLDER = Path(".dvc", "tmp", "checkpoints")  # DVC keeps this .dvc/tmp out of git
+
+
+class Checkpoint:
+    """Where one training stands after an epoch: its state, and the metrics of each epoch so far."""
+
+    def __init__(self, params: Train, dataset: Dataset, device: torch.device) -> None:
+        self.key = _key(params, dataset, device)
+        # In `dvc exp run --temp` the working folder is a copy that DVC deletes; DVC_ROOT names the real project.
+        self.path = Path(os.environ.get("DVC_ROOT", ".")) / FOLDER / f"{self.key[:16]}.safetensors"
+
+    def save(self, state: Mapping[str, Tensor], history: list[dict[str, Any]]) -> None:
+        """Write the file. Where that fails, warns: the training itself has lost nothing."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        content = {"key": self.key, "history": history, "sha256": _sha256(tensors)}
+        try:
+            # One metadata key: safetensors does not keep the order of several.
+            write(self.path, save(tensors, {"checkpoint": json.dumps(content)}))
+        except StageError as error:
+            print(f"warning: no checkpoint of epoch {len(history)}: {error}", file=sys.stderr)
+
+    def load(self, state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """Put the file's state into these tensors, in place, and return the history; [] where there is no file.
+
+        A file that is damaged, or not of this training, is ignored with a line.
+        """
+        if not self.path.exists():
+            return []
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                content = json.loads(file.metadata()["checkpoint"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if content["key"] != self.key or content["sha256"] != _sha256(tensors):
+                raise ValueError("it is not what this training wrote")
+            if _shapes(tensors) != _shapes(state):
+                raise ValueError("its tensors are not those of this training")
+            history = list(content["history"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            print(f"warning: {self.path} is ignored: {str(error).splitlines()[0]}", file=sys.stderr)
+            return []
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(tensors[name])
+        return history
+
+    def remove(self) -> None:
+        """Remove the file: what it was for is done."""
+        with contextlib.suppress(OSError):  # one that stays does no harm
+            self.path.unlink()
+
+
+def _key(params: Train, dataset: Dataset, device: torch.device) -> str:
+    """SHA-256 of all that decides the result."""
+    folder = Path(__file__).parent
+    files = {Path(module.__file__ or "") for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    hardware: object = dict(torch.cpu.get_capabilities())  # PyTorch chooses its kernels by these
+    if device.type == "cuda":
+        hardware = [torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]
+    parts = {
+        "params": params.model_dump(exclude={"checkpoint_epochs"}),
+        "data": [hashlib.sha256(part.tobytes()).hexdigest() for part in (dataset.images, dataset.labels)],
+        "classes": dataset.classes,
+        "code": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.parent == folder},
+        "versions": [torch.__version__, np.__version__],
+        "hardware": hardware,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names and values of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -1,0 +1,185 @@
+"""A training that was cut off goes on from its checkpoint to the same bits, and from nobody else's."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_train import CPU, Listener, bits, fit, make_dataset, make_params
+
+from stages import checkpoint as module
+from stages.checkpoint import Checkpoint
+
+EPOCHS = 4
+
+
+class CutOff(Listener):
+    """Ends the training, as Ctrl-C does, once this epoch is logged."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        super().log_metrics(metrics, step)
+        if step == self.epoch:
+            raise KeyboardInterrupt
+
+
+def steps(listener: Listener) -> list[int]:
+    return [step for step, _ in listener.logged]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def path() -> Path:
+    """The checkpoint of a training that was cut off after epoch 2 of EPOCHS."""
+    with pytest.raises(KeyboardInterrupt):
+        fit(listener=CutOff(2), epochs=EPOCHS, checkpoint_epochs=1)
+    (path,) = Path(".dvc/tmp/checkpoints").iterdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut", "every", "left"),
+    [
+        ({}, 1, 1, [2, 3, 4]),
+        ({}, 4, 1, []),
+        ({}, 3, 2, [3, 4]),
+        ({}, 3, 0, [1, 2, 3, 4]),
+        ({"validation_size": 0, "activation": "relu", "schedule": "constant"}, 2, 1, [3, 4]),
+    ],
+)
+def test_a_training_goes_on_to_the_bits_of_one_that_was_not_cut_off(
+    changes: dict, cut: int, every: int, left: list[int]
+) -> None:
+    whole, history = fit(epochs=EPOCHS, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        fit(listener=CutOff(cut), epochs=EPOCHS, checkpoint_epochs=every, **changes)
+    rest = Listener()
+    resumed, resumed_history = fit(listener=rest, epochs=EPOCHS, checkpoint_epochs=every, **changes)
+    assert steps(rest) == left
+    assert resumed_history == history
+    assert bits(resumed) == bits(whole)
+
+
+def test_how_often_checkpoints_are_written_does_not_matter_to_them(path: Path) -> None:
+    rest = Listener()
+    fit(listener=rest, epochs=EPOCHS, checkpoint_epochs=3)
+    assert steps(rest) == [3, 4]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.02}, {"epochs": 5}, {"threads": 1}, {"batch_size": 17}])
+def test_other_params_begin_anew(change: dict, path: Path) -> None:
+    rest = Listener()
+    fit(listener=rest, **{"epochs": EPOCHS, **change})
+    assert steps(rest)[0] == 1
+
+
+def test_other_data_code_versions_and_hardware_begin_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    params, dataset = make_params(), make_dataset(600)
+
+    def key() -> str:
+        return Checkpoint(params, dataset, CPU).key
+
+    before = key()
+    assert key() == before
+    dataset.images[0, 0, 0] ^= 1
+    assert key() != before
+    dataset.images[0, 0, 0] ^= 1
+    dataset.labels[0] ^= 1
+    assert key() != before
+    dataset.labels[0] ^= 1
+    dataset.classes[0] = "other"
+    assert key() != before
+    dataset.classes[0] = "class 0"
+    assert key() == before
+    for target, value in (
+        ("torch.__version__", "2.0.0"),
+        ("numpy.__version__", "2.0.0"),
+        ("torch.cpu.get_capabilities", lambda: {"avx2": True}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, value)
+            assert key() != before
+    for name in ("lenet", "train", "training_step"):  # imported by this test, as train imports them
+        changed = tmp_path / f"{name}.py"
+        changed.write_text("# changed\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(f"stages.{name}.__file__", str(changed))
+            assert key() != before
+    assert key() == before
+
+
+class Marker:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch unpickled",)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    """Change what the file says, and its tensors."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["checkpoint"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(content, tensors)
+    save_file(tensors, path, {"checkpoint": json.dumps(content)})
+
+
+def another_shape(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["param.fc3.bias"] = torch.zeros(11)
+    content["sha256"] = module._sha256(tensors)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "torn in its header": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-1000] + b"x" + path.read_bytes()[-999:]),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Marker())),
+    "PyTorch's pickle": lambda path: torch.save({"key": Marker()}, path),
+    "another training's": lambda path: rewrite(path, lambda content, _: content.update(key="0" * 64)),
+    "without a history": lambda path: rewrite(path, lambda content, _: content.pop("history")),
+    "other tensors": lambda path: rewrite(path, another_shape),
+    "a folder": a_folder,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_that_is_damaged_or_foreign_is_ignored_with_a_line(
+    damage: str, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGE[damage](path)
+    capsys.readouterr()
+    rest = Listener()
+    model, _ = fit(listener=rest, epochs=EPOCHS)
+    assert steps(rest) == [1, 2, 3, 4]
+    assert bits(model) == bits(fit(epochs=EPOCHS)[0])
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"warning: {path} is ignored: ")
+    assert not Path("unpickled").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_a_line_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
+    Path(".dvc").write_text("in the way")
+    rest = Listener()
+    fit(listener=rest, epochs=2, checkpoint_epochs=1)
+    assert steps(rest) == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["warning"] * 2
+    assert "no checkpoint of epoch 1: cannot write" in lines[0]

@@ -1,0 +1,198 @@
+"""Stages that are killed at any moment lose nothing: the next `dvc repro` ends as if nothing had been."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Project, Store, copy
+from dvc.utils.serialize import load_yaml
+from mlflow.entities import LoggedModelStatus
+
+from stages.pipeline import md5
+
+STAGES = ("fetch", "train", "evaluate")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LONGEST = {"fetch": 2.5, "train": 4.0, "evaluate": 3.5}  # seconds after its start, in which a stage is killed
+
+
+def only_the_stage(dvc: psutil.Process, stage: psutil.Process, number: signal.Signals) -> None:
+    stage.send_signal(number)
+
+
+def the_foreground(dvc: psutil.Process, stage: psutil.Process, number: signal.Signals) -> None:
+    """What a terminal does on Ctrl-C: DVC, its shell and the stage, but not the recorder."""
+    os.killpg(dvc.pid, number)
+
+
+def everything(dvc: psutil.Process, stage: psutil.Process, number: signal.Signals) -> None:
+    """As a power cut does, the recorder included."""
+    for process in [dvc, *dvc.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+Whom = Callable[[psutil.Process, psutil.Process, signal.Signals], None]
+
+
+def kill(project: Project, stage: str, number: signal.Signals, whom: Whom, when: Callable[[Path], bool]) -> bool:
+    """Run `dvc repro`, and end this stage once `when` says so of the output; whether the stage was still at work."""
+    output = project.folder / ".dvc" / "tmp" / "output.txt"
+    output.parent.mkdir(exist_ok=True)
+    clean = {key: value for key, value in os.environ.items() if not re.match("MLFLOW_|DVC_|FASHION_|GIT_", key)}
+    clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            ["dvc", "repro"], cwd=project.folder, env=clean, stdout=file, stderr=file, start_new_session=True
+        )
+        dvc, killed = psutil.Process(process.pid), False
+        while process.poll() is None and not killed:
+            found = [child for child in descendants(dvc) if f"stages.{stage}" in cmdline(child)]
+            if found and when(output):
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    whom(dvc, found[0], number)
+                    killed = True
+            time.sleep(0.01)
+        process.wait(60)
+    text = output.read_text()
+    assert "Traceback" not in text, text
+    output.unlink()
+    return killed and process.returncode != 0
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return process.cmdline()
+    return []
+
+
+def after(seconds: float) -> Callable[[Path], bool]:
+    """Seconds from when it is first asked."""
+    start: list[float] = []
+
+    def when(output: Path) -> bool:
+        start.append(time.monotonic())
+        return start[-1] - start[0] >= seconds
+
+    return when
+
+
+def said(words: str) -> Callable[[Path], bool]:
+    return lambda output: words in output.read_text()
+
+
+def finished(project: Project, stage: str) -> int:
+    """How many runs of the stage are FINISHED."""
+    query = "SELECT count(*) FROM runs WHERE status = 'FINISHED' AND name LIKE ?"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{project.folder}/mlflow.db?mode=ro", uri=True)) as database:
+            return database.execute(query, (f"{stage} %",)).fetchone()[0]
+    except sqlite3.OperationalError:  # there is no store yet, or it has no tables
+        return 0
+
+
+def assert_as_if_nothing_had_been(project: Project, reference: dict[str, str], too_late: Counter[str]) -> None:
+    """`too_late` counts the kills of each stage that came when it had succeeded, before DVC could note it."""
+    assert project.md5s() == reference
+    assert {path: md5(project.folder / path) for path in reference} == reference
+    assert not [path for path in project.folder.rglob("*.tmp") if ".git" not in path.parts]
+    assert not list((project.folder / ".dvc" / "tmp" / "checkpoints").glob("*"))
+    store = Store(project)
+    for stage in STAGES:
+        statuses = [run.info.status for run in store.runs(stage)]
+        assert statuses.count("FINISHED") == 1 + too_late[stage], (stage, statuses)
+        assert set(statuses) <= {"FINISHED", "KILLED"}, (stage, statuses)
+    epochs = load_yaml(project.folder / "params.yaml")["train"]["epochs"]
+    for train in store.runs("train"):
+        steps = sorted(step for step, _ in store.curve(train, "train_loss"))
+        assert steps == list(range(1, epochs + 1)) or train.info.status == "KILLED"
+    assert project.run("python", "-m", "commands.audit", check=False).returncode == 0
+
+
+def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_in_peace(
+    fresh_project: Project,
+    finished_project: Project,
+    stress: bool,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Each round: a new project is killed in fetch, then in train, then in evaluate, and then repro has its way."""
+    kills = 0
+    for number in range(24 if stress else 1):
+        rng, too_late = random.Random(number), Counter[str]()
+        project = copy(fresh_project, tmp_path / str(number))
+        for place, stage in enumerate(STAGES):
+            how = SIGNALS[(number + place) % 3]
+            whom = rng.choice([only_the_stage, the_foreground, *([everything] if how == signal.SIGKILL else [])])
+            seconds = rng.uniform(0, LONGEST[stage])
+            print(f"round {number}: {how.name} to {whom.__name__} {seconds:.2f} s after the start of {stage}")
+            if kill(project, stage, how, whom, after(seconds)):
+                kills += 1
+                too_late[stage] = finished(project, stage)
+        assert "fetch" not in project.repro()  # train began: what was fetched is not fetched again
+        assert_as_if_nothing_had_been(project, finished_project.md5s(), too_late)
+    record_property("kills survived", kills)
+    assert kills >= (60 if stress else 2)
+
+
+@pytest.fixture(scope="module")
+def slower(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """The finished project with a training of six epochs to do, that are long enough to be killed in."""
+    project = copy(finished_project, tmp_path_factory.mktemp("slower"))
+    project.set("train.epochs", 6)
+    project.set("train.batch_size", 2)
+    yield project
+
+
+@pytest.mark.parametrize("whom", [only_the_stage, everything])
+def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, slower: Project, tmp_path: Path) -> None:
+    project = copy(slower, tmp_path)
+    assert kill(project, "train", signal.SIGKILL, whom, said("epoch 2/6"))
+    result = project.dvc("repro")
+    went_on = re.findall(r"going on after epoch (\d)/6, from a checkpoint", result.stdout)
+    assert went_on
+    assert int(went_on[0]) >= 2
+    assert "\nepoch 2/6" not in result.stdout
+    store = Store(project)
+    run, _ = store.runs("train")  # the other is that of three epochs
+    assert (run.info.status, run.data.tags["resumed"]) == ("FINISHED", "true")
+    assert sorted(step for step, _ in store.curve(run, "train_loss")) == [1, 2, 3, 4, 5, 6]
+    assert not list((project.folder / ".dvc" / "tmp" / "checkpoints").glob("*"))
+
+    peace = copy(slower, tmp_path / "in peace")
+    peace.dvc("repro")
+    assert peace.md5s() == project.md5s()
+
+
+def test_a_model_that_was_cut_off_while_it_was_logged_is_logged_again(project: Project) -> None:
+    store = Store(project)
+    run = store.run("train")
+    (model,) = store.client.search_logged_models([store.experiment_id])
+    for path in (project.folder / "mlartifacts").rglob(f"{model.model_id}/artifacts/MLmodel"):
+        path.unlink()
+    store.client.finalize_logged_model(model.model_id, LoggedModelStatus.PENDING)
+    store.client.set_terminated(run.info.run_id, "KILLED")
+    project.run("python", "-m", "commands.sync")
+    (again,) = store.client.search_logged_models([store.experiment_id])
+    assert (again.model_id, again.status) == (model.model_id, LoggedModelStatus.READY)
+    run = store.run("train")
+    assert run.info.status == "FINISHED"
+    assert run.outputs
+    assert len(run.outputs.model_outputs) == 1
+    assert project.run("python", "-m", "commands.audit", check=False).returncode == 0
