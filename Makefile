@@ -49,10 +49,13 @@ lock: .venv/installed  ## compile requirements.in into requirements.txt, with ne
 	@uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" requirements.in --output-file requirements.txt
 
+.PHONY: git
+git:
+	@command -v git >/dev/null || { echo "error: expected git, found none; install it (Debian: apt-get install git)" >&2; exit 1; }
+
 # uv installs; its own pinned version and hashes are those of requirements.txt. Compiling to bytecode once saves
 # some 10 s in each run where Python is not allowed to do so itself.
-.venv/installed: requirements.txt
-	@command -v git >/dev/null || { echo "error: expected git, found none; install it (Debian: apt-get install git)" >&2; exit 1; }
+.venv/installed: requirements.txt | git
 	@command -v $(PYTHON) >/dev/null || { echo "error: expected $(PYTHON), found none; install Python 3.11 to 3.13, or name yours: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: expected Python 3.11 to 3.13, found $$($(PYTHON) -V 2>&1); install one and name it: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: expected Python's venv module, found none; install it (Debian: apt-get install python3-venv)" >&2; exit 1; }

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.stage import StageError
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -72,16 +70,15 @@ def _read_revision(name: str) -> Result:
 
     rev = None if name == "workspace" else name
     try:
-        predictions = dvc.api.read(PREDICTIONS, rev=rev, mode="rb")
+        predictions = pd.read_parquet(io.BytesIO(dvc.api.read(PREDICTIONS, rev=rev, mode="rb")))
         params, metrics = dvc.api.params_show(rev=rev), dvc.api.metrics_show(rev=rev)
-    except (DvcException, SCMError, OSError) as error:
+    except (DvcException, SCMError, OSError, ValueError) as error:  # ValueError: not Parquet
         reason = str(error).splitlines()[0]
         sys.exit(f"error: expected a result of that name, found none for {name}: {reason}; `dvc exp show` lists them")
-    return Result(name, flatten(params), metrics, pd.read_parquet(io.BytesIO(predictions)))
+    return Result(name, flatten(params), metrics, predictions)
 
 
 def _read_run(run_id: str) -> Result:
-    import mlflow
     import pandas as pd
 
     from stages.store import Store, describe, quiet
@@ -99,7 +96,7 @@ def _read_run(run_id: str) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             path = store.client.download_artifacts(evaluation.info.run_id, Path(PREDICTIONS).name, folder)
             predictions = pd.read_parquet(path)
-    except (mlflow.MlflowException, OSError, StageError) as error:
+    except Exception as error:  # the store's or the table's, of any kind
         sys.exit(f"error: expected a train or evaluate run, found {run_id}: {describe(error)}")
     params = {key: _value(value) for key, value in evaluation.data.params.items()}
     metrics = {key: value for key, value in evaluation.data.metrics.items() if key.startswith("test_")}

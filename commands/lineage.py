@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.pipeline import md5
-from stages.stage import StageError
+from stages.stage import hide_credentials
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -31,8 +31,6 @@ def main() -> None:
     if args.restore and args.restore.exists():
         sys.exit(f"error: expected a new folder for --restore, found {args.restore}; name another")
 
-    from mlflow.exceptions import MlflowException
-
     from stages.store import Store, describe, quiet
 
     quiet()
@@ -41,7 +39,7 @@ def main() -> None:
         run = find_run(store, args.target)
         digest = md5(Path(args.target)) if Path(args.target).is_file() else args.target
         users = {} if run else store.users(digest)
-    except (MlflowException, StageError) as error:
+    except Exception as error:  # the store's, of any kind
         sys.exit(f"error: {describe(error)}")
     if run:
         show_run(store, run, args.restore)
@@ -52,7 +50,7 @@ def main() -> None:
 
 
 def find_run(store: "Store", target: str) -> "Run | None":
-    from mlflow.exceptions import MlflowException
+    from stages.store import MlflowException
 
     if not re.fullmatch("[0-9a-f]{32}", target):
         return None
@@ -96,16 +94,18 @@ def show_run(store: "Store", run: "Run", folder: Path | None) -> None:
         return
     for step in steps:
         print("+ " + shlex.join(step), flush=True)
-        if subprocess.run(step).returncode != 0:
+        try:
+            done = subprocess.run(step).returncode == 0
+        except FileNotFoundError:
+            sys.exit(f"error: expected {step[0]}, found none; install it, or activate the environment")
+        if not done:
             sys.exit(f"error: that failed; {folder} is as far as it came")
     verify(run, folder)
 
 
 def commands(store: "Store", run: "Run", folder: Path) -> list[list[str]]:
     """The commands that make the run's files again in a new folder, with the help of DVC's cache."""
-    import mlflow
-
-    from stages.store import PATCH
+    from stages.store import PATCH, mlflow
 
     tags = run.data.tags
     cache = subprocess.run(["dvc", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
@@ -116,9 +116,11 @@ def commands(store: "Store", run: "Run", folder: Path) -> list[list[str]]:
     ]
     if tags["git.dirty"] == "true":
         download = ["mlflow", "artifacts", "download", "--run-id", run.info.run_id, "--artifact-path", PATCH]
-        address = f"MLFLOW_TRACKING_URI={mlflow.get_tracking_uri()}"
+        address = mlflow.get_tracking_uri()
+        if hide_credentials(address) == address:  # else it came by the environment, and the command gets it there
+            download = ["env", f"MLFLOW_TRACKING_URI={address}", *download]
         steps += [
-            ["env", address, *download, "--dst-path", str(folder / ".git")],
+            [*download, "--dst-path", str(folder / ".git")],
             ["git", "-C", str(folder), "apply", f".git/{PATCH}"],
         ]
     return [*steps, ["dvc", "--cd", str(folder), "repro", tags["stage"]]]

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,23 @@ def _ask_file(model: str, images: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def _ask_mlflow(model: str, images: np.ndarray) -> tuple[list[str], np.ndarray]:
-    import mlflow
-
-    from stages.store import Store, describe, quiet
+    from stages.store import Model, Store, describe, mlflow, quiet
 
     quiet()
     try:
         Store(Path.cwd())
-        answer = mlflow.pyfunc.load_model(model).predict(images)
-    except (mlflow.MlflowException, OSError) as error:
+        with tempfile.TemporaryDirectory() as folder:  # from a path with a % in it, MLflow loads nothing
+            path = mlflow.artifacts.download_artifacts(model, dst_path=folder)
+            loader = Model.load(path).flavors.get("python_function", {}).get("loader_module")
+            if loader != "mlflow.pyfunc.loaders.code_model":
+                raise StageError(
+                    f"expected a model that train made at {model}, found one of another kind, perhaps a "
+                    "pickle; it was not loaded"
+                )
+            answer = mlflow.pyfunc.load_model(path).predict(images)
+    except StageError:
+        raise
+    except Exception as error:  # the store's or the model's, of any kind
         raise StageError(f"expected a model at {model}, found none: {describe(error)}") from None
     return list(answer.columns[1:]), answer.iloc[:, 1:].to_numpy()
 

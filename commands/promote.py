@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.compare import compare, read_result
-from stages.stage import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -30,15 +29,13 @@ def main() -> None:
     parser.add_argument("run", nargs="?", metavar="RUN_ID", help="a train run (default: that of dvc.lock)")
     parser.add_argument("--force", action="store_true", help="promote it even if it is worse")
     args = parser.parse_args()
-    from mlflow.exceptions import MlflowException
-
     from stages.store import Store, describe, quiet
 
     quiet()
     try:
         store = Store(Path.cwd())
         promote(store, find_run(store, args.run), args.force)
-    except (MlflowException, StageError) as error:
+    except Exception as error:  # the store's, of any kind
         sys.exit(f"error: {describe(error)}")
 
 
@@ -57,7 +54,7 @@ def find_run(store: "Store", run_id: str | None) -> "Run":
 
 def promote(store: "Store", run: "Run", force: bool) -> None:
     """Register the run's model, if it is not yet, and move the alias to it. Exits where it is worse."""
-    from mlflow.exceptions import MlflowException
+    from stages.store import MlflowException
 
     client = store.client
     try:

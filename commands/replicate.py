@@ -41,6 +41,8 @@ def main() -> None:
             state = repr((repo.scm.get_rev(), repo.scm.is_dirty() and _patch(), sorted(args.set_param)))
     except DvcException as error:
         sys.exit(f"error: {error}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: expected {error.filename}, found none; install it")
     name = args.name or f"replicate-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
     results: dict[int, Mapping[str, float]] = {}
     for seed in tqdm(range(args.seeds), name, unit="seed", disable=None):

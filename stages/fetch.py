@@ -35,7 +35,7 @@ from urllib3.exceptions import HTTPError
 
 from stages.dataset import Dataset, check_dataset, write_dataset
 from stages.params import Fetch, File, read_params
-from stages.stage import StageError, shorten
+from stages.stage import StageError, hide_credentials, shorten
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
@@ -92,9 +92,11 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
         try:
             for key in wanted.keys() - contents.keys():
                 contents[key] = unpack(read(wanted[key]), wanted[key])
-        # requests' errors are OSErrors, or ValueErrors for a redirect to no address; urllib3's come from the body.
-        except (StageError, OSError, ValueError, HTTPError, subprocess.SubprocessError) as error:
-            failures.append(f"{name}: {shorten(error)}")
+        # requests' errors are OSErrors, a ValueError for a redirect to no address and a TypeError for a proxy without
+        # a host; urllib3's come from the body.
+        except (StageError, OSError, ValueError, TypeError, HTTPError, subprocess.SubprocessError) as error:
+            # A proxy's address may have a password.
+            failures.append(shorten(hide_credentials(f"{name}: {error}"), 600))
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:
             print(f"fetched from {name}")
@@ -176,7 +178,7 @@ class DebianPackage:
     """Debian's package of the data set, downloaded and unpacked into `folder` when first read."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.resolve()
 
     def read(self, file: File) -> bytes:
         unpacked = self.folder / "root"
@@ -191,7 +193,10 @@ class DebianPackage:
             if not archives:
                 raise StageError("apt-get left no package behind")
             self._run(["dpkg-deb", "-x", str(archives[0]), str(unpacked)])
-        return read(unpacked / DEBIAN_DIR.relative_to("/"), file)
+        path = unpacked / DEBIAN_DIR.relative_to("/") / file.name
+        if path.resolve() != path or not path.is_file():  # a link leads out of the folder, a pipe never ends
+            raise StageError(f"expected the package to have an ordinary file {file.name}, found none")
+        return read(path.parent, file)
 
     def _run(self, command: list[str]) -> None:
         result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, errors="replace", timeout=300)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -26,6 +27,12 @@ def shorten(text: object, limit: int = 300) -> str:
     """At most `limit` characters, on one line, of a text that came from outside and may hold anything."""
     line = "".join(char if char.isprintable() else " " for char in str(text)[: limit + 1])
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def hide_credentials(text: str) -> str:
+    """The text with no user and password in the addresses that it has: some libraries' errors show them."""
+    text = re.sub(r"'.*' is not a valid host or port", "no valid host or port", text)  # a password with a slash
+    return re.sub(r"(?<!/)//(?!/)\S*@", "//…@", text)  # up to the last @: a password may have one
 
 
 def write(path: Path, data: bytes) -> None:

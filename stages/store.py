@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import time
@@ -27,6 +28,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # whatever the environment says
 os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the run that is meant
 
 # What is imported stays. To look through it for garbage, again and again and once more at exit, would take a second.
@@ -45,7 +47,7 @@ from ruamel.yaml import YAML, YAMLError
 from safetensors import safe_open
 
 from stages.pipeline import Pipeline, Record, flatten, md5
-from stages.stage import StageError
+from stages.stage import StageError, hide_credentials
 
 gc.enable()
 gc.freeze()
@@ -62,6 +64,13 @@ WHAT = {
 MODEL = "Images uint8 (N, 28, 28), white on black, to the class of each and the probability of every class."
 # evaluate's metrics that its train run shows as well
 HEADLINE = ("test_accuracy", "test_loss", "test_macro_f1", "test_ece")
+# Where MLflow's database has artifact locations: table and column
+ARTIFACT_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
 PATCH = "code.patch"  # the artifact of a run of a dirty tree
 SERVING_PACKAGES = ("mlflow", "numpy", "safetensors", "torch")
 
@@ -76,11 +85,13 @@ class Store:
     def __init__(self, folder: Path) -> None:
         root = Path(os.environ.get("DVC_ROOT", folder)).resolve()
         self.pipeline = Pipeline(folder)
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+        embedded = "MLFLOW_TRACKING_URI" not in os.environ
+        if embedded:
+            mlflow.set_tracking_uri(sqlite_address(root / "mlflow.db"))
         # A server knows where its artifacts go. A database would put them into the current folder, which may be
         # deleted.
         served = mlflow.get_tracking_uri().startswith("http")
+        artifacts = (root / "mlartifacts").as_uri()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         # Processes that create an SQLite store at the same time break each other's migrations, and two stages that
         # find the same record missing would both make it. Several projects may share a database.
@@ -92,9 +103,11 @@ class Store:
             self.client = mlflow.MlflowClient()
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:
-                self.experiment_id = self._create_experiment(name, None if served else (root / "mlartifacts").as_uri())
+                self.experiment_id = self._create_experiment(name, None if served else artifacts)
             else:
                 self.experiment_id = experiment.experiment_id
+                if embedded and re.fullmatch("file://.*/mlartifacts", experiment.artifact_location):
+                    move_artifacts(root / "mlflow.db", experiment.artifact_location, artifacts)
         mlflow.set_experiment(experiment_id=self.experiment_id)
 
     def _create_experiment(self, name: str, artifacts: str | None) -> str:
@@ -274,7 +287,7 @@ class Store:
             model_id=model_id,
             name=f"lenet-{outs[path][:8]}",
             python_model=str(CODE / "serving.py"),
-            artifacts={"weights": str(self.pipeline.folder / path)},
+            artifacts={"weights": (self.pipeline.folder / path).absolute().as_uri()},  # MLflow unquotes a path
             code_paths=[str(CODE)],
             signature=ModelSignature(
                 inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28))]),
@@ -398,7 +411,30 @@ def describe(error: BaseException) -> str:
     while cause := error.__cause__ or error.__context__:
         error = cause
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return re.sub(r"//[^/@]*@", "//…@", f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason})")
+    return hide_credentials(f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason})")
+
+
+def sqlite_address(path: Path) -> str:
+    """The address of an SQLite database: in one, % begins an escape and ? ends the path."""
+    escaped = str(path).replace("%", "%25").replace("?", "%3F")
+    # Without the driver's name, MLflow would make a folder of the escaped name.
+    return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
+
+
+def move_artifacts(database: Path, former: str, current: str) -> None:
+    """Lead the artifact locations of a project that was moved or copied, which MLflow keeps whole, to where it is now.
+
+    `former` and `current` are the URIs of the folder mlartifacts; what lies elsewhere stays as it is.
+    """
+    if former == current:
+        return
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:  # all of it or nothing
+        for table, column in ARTIFACT_LOCATIONS:
+            connection.execute(
+                f"UPDATE {table} SET {column} = :current || substr({column}, length(:former) + 1) "
+                f"WHERE substr({column} || '/', 1, length(:former) + 1) = :former || '/'",
+                {"former": former, "current": current},
+            )
 
 
 def git_state(pipeline: Pipeline) -> tuple[str, bytes]:

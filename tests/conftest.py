@@ -4,28 +4,32 @@ import os
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before MLflow is imported
 
-import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
+import json
 import re
 import shutil
+import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import numpy as np
 import pytest
 from dvc.utils.serialize import load_yaml, modify_yaml
 from mlflow.entities import Run
+
+from stages.store import move_artifacts
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,6 +97,31 @@ def mirror(tiny_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactor
         server.shutdown()
 
 
+# Runs commands one after the other in one process, which imports their libraries once.
+DRIVER = """
+import contextlib, io, json, runpy, shlex, sys
+ends = []
+for command in sys.argv[1:]:
+    module, *arguments = shlex.split(command)
+    sys.argv = [module, *arguments]
+    output, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_module(f"commands.{module}", run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    ends.append((str(status), output.getvalue()))
+print(json.dumps(ends))
+"""
+
+
+class End(NamedTuple):
+    """How a command ended."""
+
+    status: str  # "0", or what it gave to sys.exit
+    output: str
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of the project, with git and DVC, in a folder of its own."""
@@ -116,6 +145,13 @@ class Project:
     def repro(self, *arguments: str, check: bool = True, **env: str) -> list[str]:
         """Run `dvc repro` and return the stages that it ran."""
         return ran(self.dvc("repro", *arguments, check=check, **env).stdout)
+
+    def commands(self, *commands: str, **env: str) -> dict[str, End]:
+        """Run commands as `python -m commands.NAME …` does, but in one process; none may end in a traceback."""
+        result = self.run("python", "-c", DRIVER, *commands, check=True, **env)
+        ends = [End(*end) for end in json.loads(result.stdout.splitlines()[-1])]
+        assert not any("\n" in end.status or "Traceback" in end.output for end in ends), ends
+        return dict(zip(commands, ends, strict=True))
 
     def set(self, key: str, value: Any) -> None:
         """Set a parameter, by its dotted key."""
@@ -223,15 +259,51 @@ def copy(project: Project, parent: Path) -> Project:
     old, new = project.folder, parent / "project"
     shutil.copytree(old, new, symlinks=True)
     if (new / "mlflow.db").exists():
-        with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
-            for table, column in (
-                ("experiments", "artifact_location"),
-                ("runs", "artifact_uri"),
-                ("logged_models", "artifact_location"),
-            ):
-                database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(old), str(new)))
-            database.commit()
+        move_artifacts(new / "mlflow.db", *((folder / "mlartifacts").as_uri() for folder in (old, new)))
     return Project(new)
+
+
+class Served(NamedTuple):
+    project: Project
+    port: int
+    pid: int  # of make
+
+
+@pytest.fixture(scope="session")
+def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A project that was moved after it ran, and `make ui` at work in it, in the environment of the tests."""
+    before = copy(finished_project, tmp_path_factory.mktemp("served")).folder
+    project = Project(before.rename(before.with_name("über uns")))
+    project.run("python", "-m", "commands.sync")
+    (project.folder / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (project.folder / ".venv" / path.name).symlink_to(path)
+    (project.folder / ".venv/installed").touch()
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    with (project.folder / "ui.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["make", "ui"],
+            cwd=project.folder,
+            env=environment | {"MLFLOW_PORT": str(port)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            break
+        except OSError:
+            shown = (project.folder / "ui.log").read_text()
+            assert process.poll() is None, shown
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.2)
+    yield Served(project, port, process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture

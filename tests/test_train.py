@@ -46,7 +46,10 @@ def make_params(**changes: Any) -> Train:
     defaults = read_params(ROOT / "params.yaml").train
     return defaults.model_copy(
         update={
-            **{"validation_size": 100, "batch_size": 16, "epochs": 3, "checkpoint_epochs": 0},
+            "validation_size": 100,
+            "batch_size": 16,
+            "epochs": 3,
+            "checkpoint_epochs": 0,
             "threads": 1,  # threads that wait for each other do so at the cost of the other processes
             **changes,
         }
