@@ -42,7 +42,7 @@ from stages.stage import StageError
 from stages.train import train
 
 SLOW = 10  # seconds of processor time that no input takes
-STRESS = 20  # times as many inputs
+STRESS = 10  # times as many inputs
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 VALUES = YAML(typ="safe").load(TEXT)
 CLASSES = [f"class {label}" for label in range(10)]
