@@ -42,8 +42,8 @@ from stages.params import RESERVED, Fetch, File, Train, read_params
 from stages.stage import StageError
 from stages.train import train
 
-SLOW = 10  # seconds that no input takes on a machine that is not overloaded
-STRESS = 20  # times as many inputs
+SLOW = 10  # seconds of processor time that no input takes
+STRESS = 10  # times as many inputs
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 VALUES = YAML(typ="safe").load(TEXT)
 CLASSES = [f"class {label}" for label in range(10)]
@@ -74,12 +74,12 @@ def try_all(
         def each(value: Any) -> None:
             nonlocal tried
             tried += 1
-            start = time.monotonic()
+            start = time.process_time()
             try:
                 claim(value)
             except StageError as error:
                 check_message(str(error))
-            assert time.monotonic() - start < SLOW
+            assert time.process_time() - start < SLOW
 
         each()
         record_property("inputs tried", tried)
@@ -683,7 +683,7 @@ for name, (content, read, expected) in bombs.items():
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (150 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    start = time.monotonic()
+    start = time.process_time()
     try:
         read(path)
     except StageError as error:
@@ -692,7 +692,7 @@ for name, (content, read, expected) in bombs.items():
         sys.exit(f"{name}: accepted")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.monotonic() - start < 10, name
+    assert time.process_time() - start < 10, name
     path.unlink()
 print(len(bombs))
 """

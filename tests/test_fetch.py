@@ -119,7 +119,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 MOVED = b"HTTP/1.1 302 Found\r\nLocation: "
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 PACKED = gzip.compress(b"x" * 100)
-TOO_SLOW = "too slow: under 300,000 bytes in 1 s"
+TOO_SLOW = "too slow: under 300,000 bytes in 2 s"
 
 
 def test_the_environment_s_folder_comes_first(
@@ -250,14 +250,14 @@ def test_a_mirror_that_is_slow_or_has_no_end_costs_little_time_and_memory(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fetch, "LOWEST_SECONDS", 1.0)
+    monkeypatch.setattr(fetch, "LOWEST_SECONDS", 2.0)
     monkeypatch.setattr(fetch, "READ_SECONDS", 0.5)
     start = time.monotonic()
     tracemalloc.start()
     source, contents = fetch.fetch(params.model_copy(update={"mirrors": [bad_mirror(answer), mirror]}))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20
     assert peak < 30_000_000
     assert (source, contents) == (mirror, tiny_files)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not from ")]
