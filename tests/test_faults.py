@@ -248,7 +248,7 @@ def test_a_clock_that_jumps_changes_no_byte_and_no_record(
     stress: bool,
     record_property: Record,
 ) -> None:
-    times = 10 if stress else 1
+    times = 3 if stress else 1
     for _ in range(times):
         command = ["dvc", "repro", "--force", *([] if stress else ["--single-item", "train"])]
         result = project.run(*command, check=True, **jumping_clock)
