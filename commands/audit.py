@@ -90,7 +90,13 @@ def audit_run(store: "Store", record: Record, run: "Run") -> Iterator[str]:
     """Yield where the content of a run differs from dvc.lock or from the files."""
     from stages.store import HEADLINE, artifact_path, one, param_values
 
-    yield from differences("MLflow", "dvc.lock", run.data.params, param_values(record))
+    # The stages before this one may have run again since, to the same bytes: their params are as they were then.
+    upstream = flatten(record.upstream_params)
+    shown, expected = (
+        {key: value for key, value in params.items() if key not in upstream}
+        for params in (run.data.params, param_values(record))
+    )
+    yield from differences("MLflow", "dvc.lock", shown, expected)
     datasets = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs} if run.inputs else {}
     yield from differences("MLflow", "dvc.lock", datasets, store.datasets(record))
     parent = store.parent(record)
@@ -110,17 +116,17 @@ def audit_run(store: "Store", record: Record, run: "Run") -> Iterator[str]:
         path = one(record.outs, ".safetensors")
         yield from differences("MLflow's model", "dvc.lock", {path: store.model_md5(run)}, {path: record.outs[path]})
     if record.stage == "evaluate":
-        expected = store.evaluation(record)
-        yield from differences("MLflow", "the metrics files", run.data.metrics, expected)
+        metrics = store.evaluation(record)
+        yield from differences("MLflow", "the metrics files", run.data.metrics, metrics)
         if parent:
             # The train run shows the evaluation that came last. With another batch size, which is another run of
             # evaluate, the last bits of the same model's loss may differ, and dvc.lock may be of either.
             children = store.search({"stage": "evaluate", "mlflow.parentRunId": parent.info.run_id}, "FINISHED")
             evaluations = [{key: child.data.metrics.get(key) for key in HEADLINE} for child in children]
-            shown = {key: parent.data.metrics.get(key) for key in HEADLINE}
-            if shown not in evaluations:
-                headline = {key: expected[key] for key in HEADLINE}
-                yield from differences("MLflow's train run", "the metrics files", shown, headline)
+            headline = {key: parent.data.metrics.get(key) for key in HEADLINE}
+            if headline not in evaluations:
+                scores = {key: metrics[key] for key in HEADLINE}
+                yield from differences("MLflow's train run", "the metrics files", headline, scores)
     for path in record.outs:
         artifact = artifact_path(path)
         if artifact and store.artifact_md5(run, artifact) != record.outs[path]:

@@ -33,16 +33,19 @@ class Checkpoint:
         self.key = _key(params, dataset, device)
         # In `dvc exp run --temp` the working folder is a copy that DVC deletes; DVC_ROOT names the real project.
         self.path = Path(os.environ.get("DVC_ROOT", ".")) / FOLDER / f"{self.key[:16]}.safetensors"
+        self._warned = False
 
     def save(self, state: Mapping[str, Tensor], history: list[dict[str, Any]]) -> None:
-        """Write the file. Where that fails, warns: the training itself has lost nothing."""
+        """Write the file. Where that fails, warns, once: the training itself has lost nothing."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         content = {"key": self.key, "history": history, "sha256": _sha256(tensors)}
         try:
             # One metadata key: safetensors does not keep the order of several.
             write(self.path, save(tensors, {"checkpoint": json.dumps(content)}))
         except StageError as error:
-            print(f"warning: no checkpoint of epoch {len(history)}: {error}", file=sys.stderr)
+            if not self._warned:
+                print(f"warning: no checkpoint of epoch {len(history)}: {error}", file=sys.stderr)
+            self._warned = True
 
     def load(self, state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Put the file's state into these tensors, in place, and return the history; [] where there is no file.

@@ -36,6 +36,15 @@ def test_a_disagreement_is_a_failure(project: Project) -> None:
     assert result.stdout == "train.lr: params.yaml has 0.5, dvc.lock 0.01\n"
 
 
+def test_another_mirror_of_the_same_bytes_is_no_disagreement(
+    project: Project, mirror: str, audit: Callable[[], list[str]]
+) -> None:
+    """Only fetch runs again: what train and evaluate read is as it was."""
+    project.set("fetch.mirrors", [mirror, mirror])
+    assert project.repro() == ["fetch"]
+    assert audit() == []
+
+
 def change_params(project: Project) -> None:
     project.set("train.lr", 0.5)
 

@@ -180,6 +180,5 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_line_and_no_more(capsys: py
     rest = Listener()
     fit(listener=rest, epochs=2, checkpoint_epochs=1)
     assert steps(rest) == [1, 2]
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == ["warning"] * 2
-    assert "no checkpoint of epoch 1: cannot write" in lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no checkpoint of epoch 1: cannot write ")
