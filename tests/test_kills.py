@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -151,18 +151,10 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
     assert kills >= (60 if stress else 2)
 
 
-@pytest.fixture(scope="module")
-def slower(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """The finished project with a training of six epochs to do, that are long enough to be killed in."""
-    project = copy(finished_project, tmp_path_factory.mktemp("slower"))
+@pytest.mark.parametrize("whom", [only_the_stage, everything])
+def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, project: Project) -> None:
     project.set("train.epochs", 6)
     project.set("train.batch_size", 2)
-    yield project
-
-
-@pytest.mark.parametrize("whom", [only_the_stage, everything])
-def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, slower: Project, tmp_path: Path) -> None:
-    project = copy(slower, tmp_path)
     assert kill(project, "train", signal.SIGKILL, whom, said("epoch 2/6"))
     result = project.dvc("repro")
     went_on = re.findall(r"going on after epoch (\d)/6, from a checkpoint", result.stdout)
@@ -175,9 +167,9 @@ def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, slower: Pr
     assert sorted(step for step, _ in store.curve(run, "train_loss")) == [1, 2, 3, 4, 5, 6]
     assert not list((project.folder / ".dvc" / "tmp" / "checkpoints").glob("*"))
 
-    peace = copy(slower, tmp_path / "in peace")
-    peace.dvc("repro")
-    assert peace.md5s() == project.md5s()
+    resumed = project.md5s()
+    assert project.repro("--force", "--single-item", "train") == ["train"]  # in one go
+    assert project.md5s() == resumed
 
 
 def test_a_model_that_was_cut_off_while_it_was_logged_is_logged_again(project: Project) -> None:
