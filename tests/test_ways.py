@@ -13,6 +13,7 @@ from stages.pipeline import md5
 WAYS = {
     "`dvc repro`": "a run for each stage that ran",
     "`dvc repro` after a revert, from the run cache": "no new run: the former ones are of these bytes",
+    "`dvc repro` after a kill": "the killed run goes on, with the tag `resumed`",  # tests/test_kills.py
     "`dvc exp run`": "a run for each stage that ran, under the experiment's name, with its baseline commit",
     "`dvc exp run --temp`, `--queue` with `dvc queue start -j 4`": "the same, in the real project's store",
     "`dvc exp apply`": "no new run: the experiment's own are of these bytes",
