@@ -4,6 +4,7 @@ import os
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before MLflow is imported
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -281,29 +282,33 @@ def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) 
             (project.folder / ".venv" / path.name).symlink_to(path)
     (project.folder / ".venv/installed").touch()
     port = free_port()
+    with serve(project, port, "make", "ui", MLFLOW_PORT=str(port)) as pid:
+        yield Served(project, port, pid)
+
+
+@contextlib.contextmanager
+def serve(project: Project, port: int, *command: str, **env: str) -> Iterator[int]:
+    """Run a command that serves MLflow's UI on this port of 127.0.0.1, and yield its process once the UI answers."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    with (project.folder / "ui.log").open("wb") as log:
+    log = project.folder / "ui.log"
+    with log.open("wb") as file:
         process = subprocess.Popen(
-            ["make", "ui"],
-            cwd=project.folder,
-            env=environment | {"MLFLOW_PORT": str(port)},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+            command, cwd=project.folder, env=environment | env, stdout=file, stderr=file, start_new_session=True
         )
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-            break
-        except OSError:
-            shown = (project.folder / "ui.log").read_text()
-            assert process.poll() is None, shown
-            assert time.monotonic() < deadline, shown
-            time.sleep(0.2)
-    yield Served(project, port, process.pid)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield process.pid
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture

@@ -226,6 +226,16 @@ def test_the_readme_names_every_make_target() -> None:
         assert f"make {target}" in readme
 
 
+def test_the_tests_that_hold_a_promise_are_there() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    readme, security = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "SECURITY.md"))
+    files, names = re.findall(r"tests/test_\w+\.py", readme + security), re.findall(r"`(test_\w+)…?`", security)
+    assert files
+    assert names
+    assert [path for path in files if not (ROOT / path).exists()] == []
+    assert [name for name in names if f"def {name}" not in tests] == []
+
+
 @pytest.mark.parametrize("command", sorted(path.stem for path in (ROOT / "commands").glob("[a-z]*.py")))
 def test_each_command_stands_in_the_readme_and_its_help_has_examples(command: str) -> None:
     assert f"python -m commands.{command}" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,19 +4,14 @@ Screenshots are kept below pytest's temporary folder; its path is in the report 
 """
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, Store, copy, free_port
+from conftest import Project, Store, copy, free_port, serve
 from playwright.sync_api import Page, sync_playwright
 
 SECONDS = 30  # for the UI to show something
@@ -30,40 +25,10 @@ def watched_project(two_results: Project, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def address(watched_project: Project) -> Iterator[str]:
     """The UI, as `mlflow server` serves it on loopback."""
-    port = free_port()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    log = (watched_project.folder / "ui.log").open("wb")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            "sqlite:///mlflow.db",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ],
-        cwd=watched_project.folder,
-        env=environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-            break
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}/#/experiments/{Store(watched_project).experiment_id}"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    port, store = free_port(), "sqlite:///mlflow.db"
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    with serve(watched_project, port, *server, "--workers", "1"):
+        yield f"http://127.0.0.1:{port}/#/experiments/{Store(watched_project).experiment_id}"
 
 
 @pytest.fixture(scope="module")
