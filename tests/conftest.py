@@ -123,6 +123,13 @@ class End(NamedTuple):
     output: str
 
 
+def environment() -> dict[str, str]:
+    """The environment without settings of this project, of git and of a make around the tests."""
+    foreign = re.compile("MLFLOW_|DVC_|FASHION_|GIT_|MAKE|MFLAGS")
+    clean = {key: value for key, value in os.environ.items() if not foreign.match(key)}
+    return clean | {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of the project, with git and DVC, in a folder of its own."""
@@ -130,11 +137,9 @@ class Project:
     folder: Path
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the folder; env is added to an environment without settings of this project."""
-        clean = {key: value for key, value in os.environ.items() if not re.match("MLFLOW_|DVC_|FASHION_|GIT_", key)}
-        clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
+        """Run a command in the folder; env is added to a clean environment."""
         result = subprocess.run(
-            command, cwd=self.folder, env=clean | env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            command, cwd=self.folder, env=environment() | env, capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
         if check and result.returncode != 0:
             raise AssertionError(f"{command} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
@@ -289,11 +294,10 @@ def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) 
 @contextlib.contextmanager
 def serve(project: Project, port: int, *command: str, **env: str) -> Iterator[int]:
     """Run a command that serves MLflow's UI on this port of 127.0.0.1, and yield its process once the UI answers."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     log = project.folder / "ui.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=project.folder, env=environment | env, stdout=file, stderr=file, start_new_session=True
+            command, cwd=project.folder, env=environment() | env, stdout=file, stderr=file, start_new_session=True
         )
     try:
         deadline = time.monotonic() + 90
