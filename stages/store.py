@@ -95,11 +95,14 @@ class Store:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         # Processes that create an SQLite store at the same time break each other's migrations, and two stages that
         # find the same record missing would both make it. Several projects may share a database.
-        database = re.match("sqlite:///([^?]+)", mlflow.get_tracking_uri())
-        lock = Path(f"{database[1]}.lock") if database else root / ".dvc" / "tmp" / "mlflow.lock"
+        named = re.match("sqlite:///([^?]+)", mlflow.get_tracking_uri())
+        database = root / "mlflow.db" if embedded else Path(named[1]) if named else None
+        lock = Path(f"{database}.lock") if database else root / ".dvc" / "tmp" / "mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(lock, timeout=60)
         with self.lock:
+            if database and not database.exists():
+                create_database(database)
             self.client = mlflow.MlflowClient()
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:
@@ -421,6 +424,14 @@ def sqlite_address(path: Path) -> str:
     return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
 
 
+def create_database(path: Path) -> None:
+    """Create an SQLite database with MLflow's tables, whole or not at all: MLflow opens none that was cut off."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    mlflow.MlflowClient(sqlite_address(temporary)).search_experiments()
+    temporary.replace(path)
+
+
 def move_artifacts(database: Path, former: str, current: str) -> None:
     """Lead the artifact locations of a project that was moved or copied, which MLflow keeps whole, to where it is now.
 
@@ -528,7 +539,9 @@ def _process_tags(pid: int) -> dict[str, str]:
     with contextlib.suppress(psutil.NoSuchProcess):
         # Setting the clock must not make it another process. Linux has the start in time since boot, to which psutil
         # adds the time of the boot, which moves with the clock; macOS keeps the time of day that it was.
-        created = f"{psutil.Process(pid).create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:  # killed; its new parent may take its time, or for ever
+            created = f"{process.create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
     return {"process.host": socket.gethostname(), "process.pid": str(pid), "process.created": created}
 
 

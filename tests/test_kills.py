@@ -7,6 +7,7 @@ import re
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -89,16 +90,12 @@ def after(seconds: float) -> Callable[[Path], bool]:
     return when
 
 
-def said(words: str) -> Callable[[Path], bool]:
-    return lambda output: words in output.read_text()
-
-
-def finished(project: Project, stage: str) -> int:
-    """How many runs of the stage are FINISHED."""
-    query = "SELECT count(*) FROM runs WHERE status = 'FINISHED' AND name LIKE ?"
+def count(project: Project, stage: str, status: str) -> int:
+    """How many runs of the stage have this status."""
+    query = "SELECT count(*) FROM runs WHERE name LIKE ? AND status = ?"
     try:
         with contextlib.closing(sqlite3.connect(f"file:{project.folder}/mlflow.db?mode=ro", uri=True)) as database:
-            return database.execute(query, (f"{stage} %",)).fetchone()[0]
+            return database.execute(query, (f"{stage} %", status)).fetchone()[0]
     except sqlite3.OperationalError:  # there is no store yet, or it has no tables
         return 0
 
@@ -140,7 +137,7 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
             print(f"round {number}: {how.name} to {whom.__name__} {seconds:.2f} s after the start of {stage}")
             if kill(project, stage, how, whom, after(seconds)):
                 kills += 1
-                too_late[stage] = finished(project, stage)
+                too_late[stage] = count(project, stage, "FINISHED")
         assert "fetch" not in project.repro()  # train began: what was fetched is not fetched again
         assert_as_if_nothing_had_been(project, finished_project.md5s(), too_late)
         number += 1
@@ -148,23 +145,39 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
 
 
 def test_train_goes_on_from_its_checkpoint_in_its_own_run(project: Project) -> None:
-    project.set("train.epochs", 6)
-    project.set("train.batch_size", 2)
-    assert kill(project, "train", signal.SIGKILL, everything, said("epoch 2/6"))
+    project.set("train.epochs", 12)
+    project.set("train.batch_size", 1)
+
+    def when(output: Path) -> bool:
+        return "epoch 2/12" in output.read_text() and count(project, "train", "RUNNING") == 1
+
+    assert kill(project, "train", signal.SIGKILL, everything, when)
     result = project.dvc("repro")
-    went_on = re.findall(r"going on after epoch (\d)/6, from a checkpoint", result.stdout)
+    went_on = re.findall(r"going on after epoch (\d+)/12, from a checkpoint", result.stdout)
     assert went_on
     assert int(went_on[0]) >= 2
-    assert "\nepoch 2/6" not in result.stdout
+    assert "\nepoch 2/12" not in result.stdout
     store = Store(project)
     run, _ = store.runs("train")  # the other is that of three epochs
     assert (run.info.status, run.data.tags["resumed"]) == ("FINISHED", "true")
-    assert sorted(step for step, _ in store.curve(run, "train_loss")) == [1, 2, 3, 4, 5, 6]
+    assert sorted(step for step, _ in store.curve(run, "train_loss")) == list(range(1, 13))
     assert not list((project.folder / ".dvc" / "tmp" / "checkpoints").glob("*"))
 
     resumed = project.md5s()
     assert project.repro("--force", "--single-item", "train") == ["train"]  # in one go
     assert project.md5s() == resumed
+
+
+def test_a_store_that_was_cut_off_while_it_was_made_is_made_again(new_project: Project) -> None:
+    make = [sys.executable, "-c", "from pathlib import Path; from stages.store import Store; Store(Path.cwd())"]
+    process = subprocess.Popen(make, cwd=new_project.folder, env=environment())
+    while not any(path.stat().st_size for path in new_project.folder.glob("mlflow.db*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    new_project.run(*make)
+    assert sorted(path.name for path in new_project.folder.glob("mlflow.db*")) == ["mlflow.db", "mlflow.db.lock"]
 
 
 def test_a_model_that_was_cut_off_while_it_was_logged_is_logged_again(project: Project) -> None:

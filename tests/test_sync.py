@@ -1,9 +1,12 @@
 """MLflow is a view of what DVC keeps: however DVC came to its results, the right record is there, once."""
 
 import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Project, Store, copy
 from mlflow.entities import Run
@@ -119,11 +122,18 @@ def test_runs_of_dead_processes_are_closed_and_those_of_living_ones_are_not(proj
     dead = begin(**{"process.pid": living["process.pid"], "process.created": living["process.created"]})
     reused = begin(**{"process.pid": str(os.getpid()), "process.created": "1.0"})
     alive = begin(**_process_tags(os.getpid()))
+    ended = subprocess.Popen(["sleep", "60"])
+    zombie = begin(**_process_tags(ended.pid))
+    ended.kill()
+    while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     elsewhere = begin(**{"process.host": "another-host", "process.pid": "1", "process.created": "1.0"})
     lines = sync(project)
-    assert sorted(lines[3:]) == sorted(f"closed run {run_id} as KILLED" for run_id in (dead, reused))
-    status = {run_id: store.client.get_run(run_id).info.status for run_id in (dead, reused, alive, elsewhere)}
-    assert status == {dead: "KILLED", reused: "KILLED", alive: "RUNNING", elsewhere: "RUNNING"}
+    assert sorted(lines[3:]) == sorted(f"closed run {run_id} as KILLED" for run_id in (dead, reused, zombie))
+    status = {run_id: store.client.get_run(run_id).info.status for run_id in (dead, reused, zombie, alive, elsewhere)}
+    killed = {dead: "KILLED", reused: "KILLED", zombie: "KILLED"}
+    assert status == {**killed, alive: "RUNNING", elsewhere: "RUNNING"}
+    ended.wait()
 
 
 def test_sync_without_a_store_says_so_in_one_line(project: Project) -> None:
