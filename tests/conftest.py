@@ -9,8 +9,8 @@ import functools
 import gzip
 import hashlib
 import http.server
-import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
 import mlflow
 import numpy as np
 import pytest
@@ -98,31 +99,6 @@ def mirror(tiny_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactor
         server.shutdown()
 
 
-# Runs commands one after the other in one process, which imports their libraries once.
-DRIVER = """
-import contextlib, io, json, runpy, shlex, sys
-ends = []
-for command in sys.argv[1:]:
-    module, *arguments = shlex.split(command)
-    sys.argv = [module, *arguments]
-    output, status = io.StringIO(), 0
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            runpy.run_module(f"commands.{module}", run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-    ends.append((str(status), output.getvalue()))
-print(json.dumps(ends))
-"""
-
-
-class End(NamedTuple):
-    """How a command ended."""
-
-    status: str  # "0", or what it gave to sys.exit
-    output: str
-
-
 def environment() -> dict[str, str]:
     """The environment without settings of this project, of git and of a make around the tests."""
     foreign = re.compile("MLFLOW_|DVC_|FASHION_|GIT_|MAKE|MFLAGS")
@@ -152,12 +128,17 @@ class Project:
         """Run `dvc repro` and return the stages that it ran."""
         return ran(self.dvc("repro", *arguments, check=check, **env).stdout)
 
-    def commands(self, *commands: str, **env: str) -> dict[str, End]:
-        """Run commands as `python -m commands.NAME …` does, but in one process; none may end in a traceback."""
-        result = self.run("python", "-c", DRIVER, *commands, check=True, **env)
-        ends = [End(*end) for end in json.loads(result.stdout.splitlines()[-1])]
-        assert not any("\n" in end.status or "Traceback" in end.output for end in ends), ends
-        return dict(zip(commands, ends, strict=True))
+    def command(self, name: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """Do what `python -m commands.NAME …` does in the folder; see forked.py."""
+        result = forked.run_module(f"commands.{name}", arguments, self.folder, environment() | env)
+        assert "Traceback" not in result.stderr, result.stderr
+        if check and result.returncode != 0:
+            raise AssertionError(f"{name} {arguments} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
+        return result
+
+    def commands(self, *commands: str, **env: str) -> dict[str, subprocess.CompletedProcess[str]]:
+        """Do the commands one after the other, each given as one line, and return how they ended, by that line."""
+        return {line: self.command(*shlex.split(line), check=False, **env) for line in commands}
 
     def set(self, key: str, value: Any) -> None:
         """Set a parameter, by its dotted key."""
@@ -280,7 +261,7 @@ def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) 
     """A project that was moved after it ran, and `make ui` at work in it, in the environment of the tests."""
     before = copy(finished_project, tmp_path_factory.mktemp("served")).folder
     project = Project(before.rename(before.with_name("über uns")))
-    project.run("python", "-m", "commands.sync")
+    project.command("sync")
     (project.folder / ".venv").mkdir()
     for path in Path(sys.prefix).iterdir():
         if path.name != "installed":

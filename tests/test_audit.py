@@ -25,13 +25,13 @@ def audit(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], lis
 
 
 def test_after_repro_all_agree(project: Project) -> None:
-    result = project.run("python", "-m", "commands.audit")
+    result = project.command("audit")
     assert result.stdout == "params.yaml, dvc.yaml, dvc.lock, the files and MLflow agree\n"
 
 
 def test_a_disagreement_is_a_failure(project: Project) -> None:
     change_params(project)
-    result = project.run("python", "-m", "commands.audit", check=False)
+    result = project.command("audit", check=False)
     assert result.returncode == 1
     assert result.stdout == "train.lr: params.yaml has 0.5, dvc.lock 0.01\n"
 
@@ -149,6 +149,6 @@ def test_each_disagreement_is_named(
 
 def test_a_mistake_in_params_is_named(project: Project) -> None:
     project.set("train.lr", -1)
-    result = project.run("python", "-m", "commands.audit", check=False)
+    result = project.command("audit", check=False)
     assert result.returncode == 1
     assert "train.lr: expected greater than 0, found -1" in result.stderr

@@ -741,7 +741,7 @@ def test_predict_says_what_is_wrong_with_a_picture_in_one_line(
     content: bytes, fresh_project: Project, tmp_path: Path
 ) -> None:
     (tmp_path / "picture.png").write_bytes(content)
-    check_command(fresh_project.run("python", "-m", "commands.predict", str(tmp_path / "picture.png"), check=False))
+    check_command(fresh_project.command("predict", str(tmp_path / "picture.png"), check=False))
 
 
 def check_command(result: subprocess.CompletedProcess[str]) -> None:

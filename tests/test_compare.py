@@ -61,7 +61,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 def run(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return project.run("python", "-m", "commands.compare", *arguments, check=check)
+    return project.command("compare", *arguments, check=check)
 
 
 def test_revisions_experiments_and_runs_of_the_same_results_compare_alike(two_results: Project) -> None:

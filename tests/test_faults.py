@@ -45,7 +45,7 @@ def is_right(project: Project, reference: Project) -> bool:
 
 
 def audit(project: Project) -> list[str]:
-    return project.run("python", "-m", "commands.audit", check=False).stdout.splitlines()
+    return project.command("audit", check=False).stdout.splitlines()
 
 
 # Disks that are full
@@ -137,7 +137,7 @@ def test_a_full_disk_below_mlflow_costs_a_warning_and_sync_completes_the_record(
         assert line.startswith("warning: MLflow cannot use ")
         assert line.endswith("; `make sync` records this when it can")
         (small_disk / "filler").unlink()
-        project.run("python", "-m", "commands.sync")
+        project.command("sync")
         assert audit(project) == ["params.yaml, dvc.yaml, dvc.lock, the files and MLflow agree"]
     record_property("faults injected", len(rooms))
 
@@ -254,7 +254,7 @@ def test_a_clock_that_jumps_changes_no_byte_and_no_record(
         result = project.run(*command, check=True, **jumping_clock)
         assert not result.stderr
         assert is_right(project, finished_project)
-    project.run("python", "-m", "commands.sync")
+    project.command("sync")
     assert audit(project) == ["params.yaml, dvc.yaml, dvc.lock, the files and MLflow agree"]
     store = Store(project)
     runs = [run for stage in ("fetch", "train", "evaluate") for run in store.runs(stage)]
@@ -288,7 +288,7 @@ def test_runs_of_a_clock_that_was_an_hour_ahead_end_after_their_start_and_mislea
     evaluation = begin("evaluate", **{"mlflow.parentRunId": store.run("fetch").info.run_id})
     store.client.set_terminated(evaluation, "FINISHED", ahead)
     dead = begin("train", **{"process.created": "1.00", "dvc.fingerprint": "another"})
-    lines = project.run("python", "-m", "commands.sync").stdout.splitlines()
+    lines = project.command("sync").stdout.splitlines()
     recorded = [f"{stage}: recorded before" for stage in ("fetch", "train", "evaluate")]
     assert lines == [*recorded, f"closed run {dead} as KILLED"]
     assert store.client.get_run(dead).info.end_time == ahead
@@ -489,7 +489,7 @@ def test_audit_sync_and_the_recorder_name_a_bad_merge_and_the_cure_cures(
     lock.write_text(merge(text, "md5:"))
     told = f"cannot read {lock}: line 10: could not find expected ':'{CURES['dvc.lock']}"
     for command in ("audit", "sync"):
-        result = project.run("python", "-m", f"commands.{command}", check=False)
+        result = project.command(command, check=False)
         assert (result.returncode, result.stderr) == (1, f"error: {told}\n")
     result = project.run(*Pipeline(finished_project.folder).stages["fetch"]["cmd"].split())
     assert result.stderr == f"warning: {told}; `make sync` records this when it can\n"

@@ -115,7 +115,7 @@ def assert_as_if_nothing_had_been(project: Project, reference: dict[str, str], k
     for train in store.runs("train"):
         steps = sorted(step for step, _ in store.curve(train, "train_loss"))
         assert steps == list(range(1, epochs + 1)) or train.info.status == "KILLED"
-    assert project.run("python", "-m", "commands.audit", check=False).returncode == 0
+    assert project.command("audit", check=False).returncode == 0
 
 
 def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_in_peace(
@@ -187,11 +187,11 @@ def test_a_model_that_was_cut_off_while_it_was_logged_is_logged_again(project: P
         path.unlink()
     store.client.finalize_logged_model(model.model_id, LoggedModelStatus.PENDING)
     store.client.set_terminated(run.info.run_id, "KILLED")
-    project.run("python", "-m", "commands.sync")
+    project.command("sync")
     (again,) = store.client.search_logged_models([store.experiment_id])
     assert (again.model_id, again.status) == (model.model_id, LoggedModelStatus.READY)
     run = store.run("train")
     assert run.info.status == "FINISHED"
     assert run.outputs
     assert len(run.outputs.model_outputs) == 1
-    assert project.run("python", "-m", "commands.audit", check=False).returncode == 0
+    assert project.command("audit", check=False).returncode == 0

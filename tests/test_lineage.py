@@ -11,7 +11,7 @@ from stages.pipeline import Pipeline, md5
 
 
 def lineage(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return project.run("python", "-m", "commands.lineage", *arguments, check=check)
+    return project.command("lineage", *arguments, check=check)
 
 
 @pytest.fixture(scope="module")

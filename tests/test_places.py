@@ -47,8 +47,8 @@ def assert_opens(project: Project, picture: Path, *before: str) -> None:
     """After the commands `before`, MLflow's record is whole and opens: every artifact, and the model."""
     predict = f"predict --model models:/fashion-mnist-lenet@champion '{picture}'"
     ends = project.commands(*before, "audit", predict)
-    assert {end.status for end in ends.values()} == {"0"}, ends
-    assert "top 3" in ends[predict].output
+    assert {end.returncode for end in ends.values()} == {0}, ends
+    assert "top 3" in ends[predict].stdout
     assert places(project) == {(project.folder / "mlartifacts").as_uri()}
 
 
@@ -86,7 +86,7 @@ def test_what_a_store_has_elsewhere_stays_there_when_the_project_moves(project: 
     experiment_id = Store(project).client.create_experiment("mine", artifact_location=elsewhere)
     run = Store(project).client.create_run(experiment_id)
     moved = Project(project.folder.rename(tmp_path / "moved"))
-    moved.run("python", "-m", "commands.sync")
+    moved.command("sync")
     assert Store(moved).client.get_run(run.info.run_id).info.artifact_uri == run.info.artifact_uri
     train = Store(moved).run("train")
     assert train.info.artifact_uri == (moved.folder / "mlartifacts" / train.info.run_id / "artifacts").as_uri()

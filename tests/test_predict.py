@@ -16,7 +16,7 @@ from stages.stage import StageError
 
 
 def predict(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return project.run("python", "-m", "commands.predict", *arguments, check=check)
+    return project.command("predict", *arguments, check=check)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ def test_a_summary_leaves_out_what_did_not_learn_and_counts_it() -> None:
 
 def test_each_seed_is_an_experiment_that_runs_once_and_leaves_the_workspace_alone(project: Project) -> None:
     before = project.run("git", "status", "--porcelain").stdout
-    command = ["python", "-m", "commands.replicate", "--seeds", "2", "--name", "pair", "-S", "train.epochs=1", "--json"]
-    summary = json.loads(project.run(*command).stdout)
+    command = ["replicate", "--seeds", "2", "--name", "pair", "-S", "train.epochs=1", "--json"]
+    summary = json.loads(project.command(*command).stdout)
     assert project.run("git", "status", "--porcelain").stdout == before
     listed = project.dvc("exp", "list", "--name-only").stdout.split()
     assert sorted(listed) == ["pair-0", "pair-1"]
@@ -28,12 +28,12 @@ def test_each_seed_is_an_experiment_that_runs_once_and_leaves_the_workspace_alon
         shown = json.loads(project.dvc("metrics", "diff", "--json", "--all", "HEAD", f"pair-{seed}").stdout)
         accuracy = shown["metrics/evaluate.json"]["test_accuracy"]
         assert summary["test_accuracy"][str(seed)] == accuracy.get("new", accuracy.get("old"))
-    assert json.loads(project.run(*command).stdout) == summary
+    assert json.loads(project.command(*command).stdout) == summary
     assert sorted(project.dvc("exp", "list", "--name-only").stdout.split()) == sorted(listed)
 
 
 def test_a_recipe_that_fails_is_said_with_dvc_s_reason(project: Project) -> None:
-    failed = project.run("python", "-m", "commands.replicate", "--seeds", "1", "-S", "train.lr=no", check=False)
+    failed = project.command("replicate", "--seeds", "1", "-S", "train.lr=no", check=False)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     assert "train.lr" in failed.stderr

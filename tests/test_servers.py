@@ -101,8 +101,8 @@ def repro(project: Project, uri: str, on_line: Callable[[str], None] = lambda _:
 
 
 def assert_sync_completes_the_record(project: Project, uri: str) -> None:
-    project.run("python", "-m", "commands.sync", MLFLOW_TRACKING_URI=uri)
-    agreed = project.run("python", "-m", "commands.audit", MLFLOW_TRACKING_URI=uri)
+    project.command("sync", MLFLOW_TRACKING_URI=uri)
+    agreed = project.command("audit", MLFLOW_TRACKING_URI=uri)
     assert "agree" in agreed.stdout
 
 
@@ -183,7 +183,7 @@ def test_a_read_only_store_costs_one_warning(project: Project) -> None:
     assert "readonly" in outcome.warnings[0]
     assert outcome.seconds < 10
     assert (project.folder / "mlflow.db").read_bytes() == before
-    project.run("python", "-m", "commands.sync")
+    project.command("sync")
     assert Store(project).runs("evaluate")[0].data.tags["restored"] == "true"
 
 

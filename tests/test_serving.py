@@ -25,7 +25,7 @@ CHAMPION = "models:/fashion-mnist-lenet@champion"
 
 
 def promote(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return project.run("python", "-m", "commands.promote", *arguments, check=check)
+    return project.command("promote", *arguments, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +110,16 @@ def ask(process: subprocess.Popen[bytes], port: int, images: np.ndarray) -> list
 def test_predict_asks_the_promoted_model(promoted_project: Project, tmp_path: Path) -> None:
     dataset = read_dataset(promoted_project.folder / "data/fashion-mnist/test.safetensors")
     Image.fromarray(dataset.images[0]).save(tmp_path / "first.png")
-    command = ["python", "-m", "commands.predict", "--json", str(tmp_path / "first.png")]
-    (slow,) = json.loads(promoted_project.run(*command).stdout)
-    (best,) = json.loads(promoted_project.run(*command, "--model", CHAMPION).stdout)
+    command = ["predict", "--json", str(tmp_path / "first.png")]
+    (slow,) = json.loads(promoted_project.command(*command).stdout)
+    (best,) = json.loads(promoted_project.command(*command, "--model", CHAMPION).stdout)
     assert best["class"] == dataset.classes[dataset.labels[0]]
     assert best["probability"] > slow["probability"]
 
 
 def test_the_onnx_file_says_what_evaluate_says(finished_project: Project, tmp_path: Path) -> None:
     path = tmp_path / "lenet.onnx"
-    shown = finished_project.run("python", "-m", "commands.export", str(path))
+    shown = finished_project.command("export", str(path))
     assert "as PyTorch says on all 200 test images" in shown.stdout
     assert shown.stderr == ""
     table = pd.read_parquet(finished_project.folder / "metrics/predictions.parquet")

@@ -44,7 +44,7 @@ def everything(store: Store) -> dict[str, Any]:
 
 
 def sync(project: Project) -> list[str]:
-    return project.run("python", "-m", "commands.sync").stdout.splitlines()
+    return project.command("sync").stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_runs_of_dead_processes_are_closed_and_those_of_living_ones_are_not(proj
 
 def test_sync_without_a_store_says_so_in_one_line(project: Project) -> None:
     uri = f"sqlite:///{project.folder}/params.yaml/mlflow.db"
-    result = project.run("python", "-m", "commands.sync", check=False, MLFLOW_TRACKING_URI=uri)
+    result = project.command("sync", check=False, MLFLOW_TRACKING_URI=uri)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: MLflow cannot use {uri} (")
@@ -146,7 +146,7 @@ def test_sync_without_a_store_says_so_in_one_line(project: Project) -> None:
 
 def test_credentials_in_the_store_s_address_are_not_told(project: Project) -> None:
     uri = "http://user:secret@127.0.0.1:1"
-    result = project.run("python", "-m", "commands.sync", check=False, MLFLOW_TRACKING_URI=uri)
+    result = project.command("sync", check=False, MLFLOW_TRACKING_URI=uri)
     assert result.returncode == 1
     assert "127.0.0.1" in result.stderr
     assert "secret" not in result.stderr + result.stdout

@@ -29,7 +29,7 @@ def test_the_readme_has_this_table() -> None:
 
 
 def agree(project: Project) -> bool:
-    return project.run("python", "-m", "commands.audit", check=False).returncode == 0
+    return project.command("audit", check=False).returncode == 0
 
 
 def all_runs(store: Store) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_pull_in_a_fresh_clone(project: Project, tmp_path: Path) -> None:
     clone.dvc("pull")
     assert ran(clone.dvc("repro").stdout) == []
     assert not (clone.folder / "mlflow.db").exists()
-    clone.run("python", "-m", "commands.sync")
+    clone.command("sync")
     store = Store(clone)
     assert is_complete(store, store.run("train"))
     assert store.run("train").data.tags["restored"] == "true"
