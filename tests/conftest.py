@@ -103,7 +103,8 @@ def environment() -> dict[str, str]:
     """The environment without settings of this project, of git and of a make around the tests."""
     foreign = re.compile("MLFLOW_|DVC_|FASHION_|GIT_|MAKE|MFLAGS")
     clean = {key: value for key, value in os.environ.items() if not foreign.match(key)}
-    return clean | {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{clean['PATH']}"
+    return clean | {"PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a server's jobs are for GenAI
 
 
 @dataclass(frozen=True)

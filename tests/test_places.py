@@ -7,12 +7,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import Project, Served, Store, ran
+from conftest import Project, Store, ran
 from PIL import Image
 
 ODD = "pfad mit Leerzeichen äöü 100% %41#b"
@@ -90,13 +88,6 @@ def test_what_a_store_has_elsewhere_stays_there_when_the_project_moves(project: 
     assert Store(moved).client.get_run(run.info.run_id).info.artifact_uri == run.info.artifact_uri
     train = Store(moved).run("train")
     assert train.info.artifact_uri == (moved.folder / "mlartifacts" / train.info.run_id / "artifacts").as_uri()
-
-
-def test_the_ui_shows_the_artifacts_of_a_project_that_was_moved(served: Served) -> None:
-    run = Store(served.project).runs("evaluate")[-1]
-    query = urllib.parse.urlencode({"run_uuid": run.info.run_id, "path": "per_class.csv"})
-    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/get-artifact?{query}") as answer:
-        assert b"precision" in answer.read()
 
 
 def test_a_git_worktree_has_a_store_of_its_own_and_shares_the_cache(project: Project, tmp_path: Path) -> None:

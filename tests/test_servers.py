@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import mlflow
 import pytest
-from conftest import Project, Store, free_port, ran
+from conftest import Project, Store, environment, free_port, ran
 
 STAGES = ("fetch", "train", "evaluate")
 
@@ -38,6 +38,7 @@ class Server:
         self.process = subprocess.Popen(
             self.command,
             cwd=self.folder,
+            env=environment(),
             stdout=(self.folder / "log").open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -76,12 +77,10 @@ class Outcome(NamedTuple):
 
 def repro(project: Project, uri: str, on_line: Callable[[str], None] = lambda _: None) -> Outcome:
     """Run `dvc repro`, which must succeed, and call on_line with each line of its output."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         ["dvc", "repro"],
         cwd=project.folder,
-        env=environment | {"MLFLOW_TRACKING_URI": uri},
+        env=environment() | {"PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -14,7 +13,7 @@ import onnx
 import onnxruntime
 import pandas as pd
 import pytest
-from conftest import Project, Store, copy, free_port
+from conftest import Project, Store, copy, environment, free_port
 from PIL import Image
 
 from commands import export
@@ -64,14 +63,11 @@ def test_the_served_model_says_what_evaluate_says_for_one_image_and_for_a_thousa
     table = pd.read_parquet(Store(promoted_project).client.download_artifacts(first.info.run_id, "predictions.parquet"))
     images = read_dataset(promoted_project.folder / "data/fashion-mnist/test.safetensors").images
     port = free_port()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
     log = (promoted_project.folder / "serve.log").open("wb")
     process = subprocess.Popen(
         ["mlflow", "models", "serve", "-m", CHAMPION, "--env-manager", "local", "--port", str(port)],
         cwd=promoted_project.folder,
-        env=environment,
+        env=environment() | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
         stdout=log,
         stderr=log,
         start_new_session=True,

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import TEST_SIZE, Project, Store, ran
+from conftest import TEST_SIZE, Project, Store, environment, ran
 from dvc.utils.serialize import load_yaml
 from safetensors import safe_open
 
@@ -135,11 +134,10 @@ def model_input_example(folder: Path) -> np.ndarray:
 
 
 def start(project: Project, *command: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
     return subprocess.Popen(
         ["python", *command],
         cwd=project.folder,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,11 +7,13 @@ import json
 import re
 import shutil
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, Store, copy, free_port, serve
+from conftest import Project, Served, Store, copy, free_port, serve
 from playwright.sync_api import Page, sync_playwright
 
 SECONDS = 30  # for the UI to show something
@@ -103,3 +105,10 @@ def test_the_model_page_shows_the_test_metric_of_exactly_this_model(
     assert "fashion-mnist/test" in row.inner_text()
     assert page.get_by_text("dvc.yaml:train").first.is_visible()
     assert page.get_by_text("Images uint8 (N, 28, 28), white on black").first.is_visible()
+
+
+def test_the_ui_shows_the_artifacts_of_a_project_that_was_moved(served: Served) -> None:
+    run = Store(served.project).runs("evaluate")[-1]
+    query = urllib.parse.urlencode({"run_uuid": run.info.run_id, "path": "per_class.csv"})
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/get-artifact?{query}") as answer:
+        assert b"precision" in answer.read()
