@@ -16,10 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ import mlflow
 import numpy as np
 import pytest
 from dvc.utils.serialize import load_yaml, modify_yaml
+from filelock import FileLock
 from mlflow.entities import Run
 
 from stages.store import move_artifacts
@@ -70,9 +72,8 @@ def make_images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return images
 
 
-@pytest.fixture(scope="session")
-def tiny_files() -> dict[str, bytes]:
-    """The unpacked content of the four files, by their keys in params.yaml."""
+@functools.cache
+def make_tiny_files() -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     files = {}
     for part, size in (("train", TRAIN_SIZE), ("test", TEST_SIZE)):
@@ -83,20 +84,44 @@ def tiny_files() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def mirror(tiny_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an HTTP server that has the tiny files, under the names that params.yaml gives them."""
-    folder = tmp_path_factory.mktemp("mirror")
+def tiny_files() -> dict[str, bytes]:
+    """The unpacked content of the four files, by their keys in params.yaml."""
+    return make_tiny_files()
+
+
+MIRROR = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the mirror in the process that outlives the workers of pytest-xdist, since they share what came from it."""
+    if hasattr(config, "workerinput"):
+        config.stash[MIRROR] = config.workerinput["mirror"]
+        return
+    folder = tempfile.TemporaryDirectory()
     for key, entry in load_yaml(ROOT / "params.yaml")["fetch"]["files"].items():
-        (folder / entry["name"]).write_bytes(gzip.compress(tiny_files[key], mtime=0))
+        (Path(folder.name) / entry["name"]).write_bytes(gzip.compress(make_tiny_files()[key], mtime=0))
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    handler = functools.partial(Handler, directory=folder.name)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    config.stash[MIRROR] = f"http://127.0.0.1:{server.server_port}/"
+    for end in (folder.cleanup, server.server_close, server.shutdown):  # the last is called first
+        config.add_cleanup(end)
+
+
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist, which is about to start, where the mirror is."""
+    node.workerinput["mirror"] = node.config.stash[MIRROR]
+
+
+@pytest.fixture(scope="session")
+def mirror(request: pytest.FixtureRequest) -> str:
+    """The address of an HTTP server that has the tiny files, under the names that params.yaml gives them."""
+    return request.config.stash[MIRROR]
 
 
 def environment() -> dict[str, str]:
@@ -222,24 +247,45 @@ def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: p
     return project
 
 
+Once = Callable[[str, Project, Callable[[Project], object]], Project]
+
+
 @pytest.fixture(scope="session")
-def finished_project(fresh_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """Makes a changed copy of a project; of pytest-xdist's workers the first does so, and all get a copy of that."""
+    own = tmp_path_factory.mktemp("projects")
+    shared = own.parent if worker_id == "master" else own.parent.parent
+
+    def make(name: str, project: Project, change: Callable[[Project], object]) -> Project:
+        parent, done = shared / name, shared / name / "done"
+        with FileLock(f"{parent}.lock"):
+            if not done.exists():
+                change(copy(project, parent))
+                done.touch()
+        return copy(Project(parent / "project"), own / name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_project(fresh_project: Project, once: Once) -> Project:
     """The project after `dvc repro`, committed. Not to be changed: copy it."""
-    project = copy(fresh_project, tmp_path_factory.mktemp("finished"))
-    project.dvc("repro")
-    project.commit("Run the pipeline")
-    return project
+
+    def finish(project: Project) -> None:
+        project.dvc("repro")
+        project.commit("Run the pipeline")
+
+    return once("finished", fresh_project, finish)
 
 
 @pytest.fixture(scope="session")
-def two_results(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def two_results(finished_project: Project, once: Once) -> Project:
     """The project with a second result, the experiment `slow`, that hardly learns. Not to be changed: copy it.
 
     HEAD has the first result, the workspace the second.
     """
-    project = copy(finished_project, tmp_path_factory.mktemp("two"))
-    project.dvc("exp", "run", "--name", "slow", "--set-param", "train.lr=0.0001")
-    return project
+    slow = ("exp", "run", "--name", "slow", "--set-param", "train.lr=0.0001")
+    return once("two", finished_project, lambda project: project.dvc(*slow))
 
 
 def copy(project: Project, parent: Path) -> Project:

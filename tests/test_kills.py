@@ -144,22 +144,22 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
 
 
 def test_train_goes_on_from_its_checkpoint_in_its_own_run(project: Project) -> None:
-    project.set("train.epochs", 12)
+    project.set("train.epochs", 8)
     project.set("train.batch_size", 1)
 
     def when(output: Path) -> bool:
-        return "epoch 2/12" in output.read_text() and count(project, "train", "RUNNING") == 1
+        return "epoch 2/8" in output.read_text() and count(project, "train", "RUNNING") == 1
 
     assert kill(project, "train", signal.SIGKILL, everything, when)
     result = project.dvc("repro")
-    went_on = re.findall(r"going on after epoch (\d+)/12, from a checkpoint", result.stdout)
+    went_on = re.findall(r"going on after epoch (\d+)/8, from a checkpoint", result.stdout)
     assert went_on
     assert int(went_on[0]) >= 2
-    assert "\nepoch 2/12" not in result.stdout
+    assert "\nepoch 2/8" not in result.stdout
     store = Store(project)
     run, _ = store.runs("train")  # the other is that of three epochs
     assert (run.info.status, run.data.tags["resumed"]) == ("FINISHED", "true")
-    assert sorted(step for step, _ in store.curve(run, "train_loss")) == list(range(1, 13))
+    assert sorted(step for step, _ in store.curve(run, "train_loss")) == list(range(1, 9))
     assert not list((project.folder / ".dvc" / "tmp" / "checkpoints").glob("*"))
 
     resumed = project.md5s()

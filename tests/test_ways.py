@@ -88,10 +88,10 @@ def test_experiments_in_the_workspace_and_in_a_temporary_folder(project: Project
         assert (project.folder / "mlartifacts" / run.info.run_id / "artifacts" / "evaluate.json").exists()
 
 
-def test_eight_queued_experiments_on_four_workers_and_a_new_store(project: Project) -> None:
+def test_five_queued_experiments_on_four_workers_and_a_new_store(project: Project) -> None:
     (project.folder / "mlflow.db").unlink()
-    sizes = range(11, 19)
-    names = [f"size-{number}" for number in range(1, 9)]
+    sizes = range(11, 16)
+    names = [f"size-{number}" for number in range(1, 6)]
     sweep = f"evaluate.batch_size={','.join(map(str, sizes))}"
     project.dvc("exp", "run", "--queue", "--name", "size", "-S", sweep)
     project.dvc("queue", "start", "--jobs", "4")
@@ -100,7 +100,7 @@ def test_eight_queued_experiments_on_four_workers_and_a_new_store(project: Proje
         status = project.dvc("queue", "status").stdout
         if status.count("Success") + status.count("Failed") == len(names):
             break
-        time.sleep(1)
+        time.sleep(3)  # each look takes a worker's processor for half a second
     assert status.count("Success") == len(names), status
     assert "warning" not in "".join(project.dvc("queue", "logs", name).stdout for name in names)
     store = Store(project)
