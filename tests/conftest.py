@@ -113,6 +113,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(end)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the test that mostly waits, for DVC's queue: the other tests make use of the processors meanwhile."""
+    items.sort(key=lambda item: "queued_experiments" not in item.name)
+
+
 def pytest_configure_node(node: Any) -> None:
     """Tell a worker of pytest-xdist, which is about to start, where the mirror is."""
     node.workerinput["mirror"] = node.config.stash[MIRROR]
