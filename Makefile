@@ -29,7 +29,8 @@ bench: .venv/installed  ## measure the pipeline against a plain PyTorch program:
 
 # One worker, and none of the processes for jobs, which only GenAI has: a sixth of the memory, half of the wait.
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT=5001 for another port)
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri $(STORE) --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri $(STORE) \
+		--host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
 
 sync: .venv/installed  ## make MLflow agree with dvc.lock
 	@python -m commands.sync

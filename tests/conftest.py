@@ -162,14 +162,19 @@ class Project:
     def command(self, name: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Do what `python -m commands.NAME …` does in the folder; see forked.py."""
         result = forked.run_module(f"commands.{name}", arguments, self.folder, environment() | env)
-        assert "Traceback" not in result.stderr, result.stderr
+        assert "Traceback" not in result.stdout + result.stderr, result
         if check and result.returncode != 0:
             raise AssertionError(f"{name} {arguments} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
         return result
 
     def commands(self, *commands: str, **env: str) -> dict[str, subprocess.CompletedProcess[str]]:
-        """Do the commands one after the other, each given as one line, and return how they ended, by that line."""
-        return {line: self.command(*shlex.split(line), check=False, **env) for line in commands}
+        """Do the commands one after the other, each given as one line, and return how they ended, by that line.
+
+        None may say in more than one line why it fails.
+        """
+        ends = {line: self.command(*shlex.split(line), check=False, **env) for line in commands}
+        assert not any("\n" in end.stderr.partition("error: ")[2].rstrip("\n") for end in ends.values()), ends
+        return ends
 
     def set(self, key: str, value: Any) -> None:
         """Set a parameter, by its dotted key."""
@@ -324,6 +329,19 @@ def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) 
         yield Served(project, port, pid)
 
 
+def wait_for_server(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until MLflow's server answers on this port of 127.0.0.1; where it does not, show its log."""
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+
+
 @contextlib.contextmanager
 def serve(project: Project, port: int, *command: str, **env: str) -> Iterator[int]:
     """Run a command that serves MLflow's UI on this port of 127.0.0.1, and yield its process once the UI answers."""
@@ -333,15 +351,7 @@ def serve(project: Project, port: int, *command: str, **env: str) -> Iterator[in
             command, cwd=project.folder, env=environment() | env, stdout=file, stderr=file, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
+        wait_for_server(process, port, log)
         yield process.pid
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from conftest import Project, Store, copy, environment
 from dvc.utils.serialize import load_yaml
 from mlflow.entities import LoggedModelStatus
@@ -143,14 +144,15 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
     record_property("kills survived", kills)
 
 
-def test_train_goes_on_from_its_checkpoint_in_its_own_run(project: Project) -> None:
+@pytest.mark.parametrize("whom", [only_the_stage, everything])
+def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, project: Project) -> None:
     project.set("train.epochs", 8)
     project.set("train.batch_size", 1)
 
     def when(output: Path) -> bool:
         return "epoch 2/8" in output.read_text() and count(project, "train", "RUNNING") == 1
 
-    assert kill(project, "train", signal.SIGKILL, everything, when)
+    assert kill(project, "train", signal.SIGKILL, whom, when)
     result = project.dvc("repro")
     went_on = re.findall(r"going on after epoch (\d+)/8, from a checkpoint", result.stdout)
     assert went_on

@@ -9,14 +9,13 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import mlflow
 import pytest
-from conftest import Project, Store, environment, free_port, ran
+from conftest import Project, Store, environment, free_port, ran, wait_for_server
 
 STAGES = ("fetch", "train", "evaluate")
 
@@ -43,14 +42,7 @@ class Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "log").read_text())
+        wait_for_server(self.process, self.port, self.folder / "log")
 
     def signal(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)  # its session, and so its workers as well
