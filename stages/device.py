@@ -1,10 +1,15 @@
 """The device that computes, set up so that the same inputs give the same bits on it."""
 
+import ctypes
 import os
 
 import torch
 
 from stages.stage import StageError
+
+# glibc's mallopt(3), from malloc.h: names of the parameters, and the most that the first one may be.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+MMAP_THRESHOLD_MAX = 32 * 2**20
 
 
 def set_up_device(name: str, threads: int) -> torch.device:
@@ -20,6 +25,18 @@ def set_up_device(name: str, threads: int) -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Read by cuBLAS when it starts. Source: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    keep_freed_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed blocks of up to 32 MiB for the next step, where the C library is glibc.
+
+    It would give them back to the system and wait for fresh pages: for a quarter of each step on 1,000 images.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_MAX)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)

@@ -88,7 +88,7 @@ def write_model(path: Path, model: LeNet) -> None:
 
 
 def read_model(path: Path) -> LeNet:
-    """Read a model, on the CPU. Raises StageError where the file is not one of ours."""
+    """Read a model, on the CPU, in channels-last. Raises StageError where the file is not one of ours."""
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads(file.metadata()["lenet"])
@@ -108,4 +108,4 @@ def read_model(path: Path) -> LeNet:
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # also RecursionError
         raise StageError(f"{path} is not a model that train wrote ({shorten(error)}); run `dvc repro train`") from None
-    return model
+    return model.to(memory_format=torch.channels_last)

@@ -1,5 +1,8 @@
 """A step's CUDA graph learns what the step does without one. Where there is no GPU, all but the capture runs here."""
 
+import platform
+import resource
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -74,3 +77,18 @@ def test_on_a_gpu_the_graph_gives_the_same_bits_as_no_graph(capsys: pytest.Captu
     device = set_up_device("cuda", 1)
     assert_same_bits(learn(device, graph=True), learn(device, graph=False))
     assert capsys.readouterr().err == "", "it was captured"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_step_on_a_large_batch_computes_in_the_memory_of_the_step_before() -> None:
+    images = torch.zeros(1000, 28, 28, dtype=torch.uint8)
+    model = LeNet("sigmoid", list("0123456789")).to(memory_format=torch.channels_last)
+    step = Step(model, images, torch.arange(1000) % 10)
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step(torch.arange(1000), lr=0.01)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults = statistics.median([page_faults() for _ in range(15)][5:])
+    assert faults < 100, "its tensors take over 10,000 pages"
