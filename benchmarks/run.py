@@ -188,7 +188,7 @@ def measure_cold(bench: Bench) -> list[Row]:
     """The plain program, the cold pipeline with and without tracking, and the loops alone."""
     plain_wall, plain_loop, plain_rate, plain_peak = [], [], [], []
     cold, untracked, rates, peaks = [], [], [], []
-    for _ in tqdm(range(3), "plain, cold, loop"):
+    for _ in tqdm(range(3), "plain, cold, loop", disable=None):
         seconds, epochs = bench.plain("cpu")
         plain_wall.append(seconds)
         plain_loop.append(sum(epoch["epoch_seconds"] for epoch in epochs))
@@ -230,7 +230,7 @@ def measure_evaluate(bench: Bench, cold: Sequence[float]) -> Row:
     folder = bench.copy()
     bench.time(["dvc", "repro"], folder)
     seconds = []
-    for size in tqdm(range(501, 506), "evaluate only"):
+    for size in tqdm(range(501, 506), "evaluate only", disable=None):
         with modify_yaml(folder / "params.yaml") as values:
             values["evaluate"]["batch_size"] = size
         seconds.append(bench.time(["dvc", "repro"], folder))
@@ -248,7 +248,7 @@ def measure_nothing(bench: Bench) -> Row:
         run(command, empty)
     folder = bench.copy()
     ours, theirs = [], []
-    for _ in tqdm(range(11), "nothing to do"):
+    for _ in tqdm(range(11), "nothing to do", disable=None):
         ours.append(bench.time(["dvc", "repro"], folder))
         theirs.append(bench.time(["dvc", "repro"], empty))
     name = "`dvc repro` with nothing to do, against that of a project of one empty stage"
@@ -262,7 +262,7 @@ def measure_scaling(bench: Bench) -> list[Row]:
     write_dataset(tenth, Dataset(whole.images[:6000], whole.labels[:6000], whole.classes))
     seconds: dict[int, list[float]] = {5: [], 50: []}
     images: dict[int, list[float]] = {6_000: [], 60_000: []}
-    for _ in tqdm(range(5), "scaling"):
+    for _ in tqdm(range(5), "scaling", disable=None):
         for epochs in seconds:
             rates, _, _ = bench.train(tenth, epochs=epochs, validation_size=0)
             seconds[epochs].append(1000 * sum(6_000 / rate for rate in rates) / epochs)
@@ -291,7 +291,7 @@ def measure_store(bench: Bench) -> Row:
     said = (start | {"pid": os.getpid()}, end, {"event": "succeeded"})
     events = "".join(json.dumps(event) + "\n" for event in said)
     seconds: dict[Path, list[float]] = {few: [], many: []}
-    for _ in tqdm(range(8), "2,000 runs"):
+    for _ in tqdm(range(8), "2,000 runs", disable=None):
         for store, values in seconds.items():
             began = time.perf_counter()
             env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
@@ -307,7 +307,7 @@ def fill(uri: str) -> None:
     client = mlflow.MlflowClient(uri)
     (experiment,) = [one for one in client.search_experiments() if one.experiment_id != "0"]
     models = client.search_runs([experiment.experiment_id])
-    for number in tqdm(range(RUNS), "fill"):
+    for number in tqdm(range(RUNS), "fill", disable=None):
         model = models[number % len(models)]
         tags = {**model.data.tags, "dvc.fingerprint": f"{number:064d}"}
         run_id = client.create_run(experiment.experiment_id, tags=tags).info.run_id
@@ -320,7 +320,7 @@ def fill(uri: str) -> None:
 def measure_gpu(bench: Bench) -> Row:
     """The loops on the GPU; the first epoch has the warm-up, and counts on neither side."""
     ours, theirs = [], []
-    for _ in tqdm(range(3), "GPU"):
+    for _ in tqdm(range(3), "GPU", disable=None):
         _, epochs = bench.plain("cuda")
         theirs.append(60_000 / statistics.mean(epoch["epoch_seconds"] for epoch in epochs[1:]))
         rates, _, _ = bench.train(validation_size=0, device="cuda")
