@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.params import read_params, read_values
-from stages.pipeline import Pipeline, Record, flatten
+from stages.pipeline import Pipeline, Record, flatten, lookup
 from stages.stage import StageError, cache_path, is_damaged, remove
 
 if TYPE_CHECKING:
@@ -51,10 +51,13 @@ def audit_files(pipeline: Pipeline) -> Iterator[str]:
         if record is None:
             yield f"{stage}: dvc.yaml has it, dvc.lock does not"
             continue
-        if record.cmd != pipeline.stages[stage]["cmd"]:
+        if record.cmd != pipeline.cmd(stage):
             yield f"{stage}: dvc.yaml has another command than dvc.lock"
         yield from differences(
-            "params.yaml", "dvc.lock", flatten({key: values[key] for key in record.params}), flatten(record.params)
+            "params.yaml",
+            "dvc.lock",
+            flatten({key: lookup(values, key) for key in record.params}),
+            flatten(record.params),
         )
         yield from differences("dvc.yaml", "dvc.lock", dict.fromkeys(pipeline.deps(stage)), dict.fromkeys(record.deps))
         yield from differences("dvc.yaml", "dvc.lock", dict.fromkeys(pipeline.outs(stage)), dict.fromkeys(record.outs))
@@ -73,7 +76,7 @@ def audit_files(pipeline: Pipeline) -> Iterator[str]:
 
 def audit_store(store: "Store") -> Iterator[str]:
     """Yield where MLflow has not the record of what dvc.lock says, or another content."""
-    for stage in store.pipeline.in_order():
+    for stage in store.stages():
         record = store.pipeline.locked(stage)
         if record is None:
             continue

@@ -64,6 +64,7 @@ def _read_revision(name: str) -> Result:
     import dvc.api
     import pandas as pd
     from dvc.exceptions import DvcException
+    from ruamel.yaml import YAML
     from scmrepo.exceptions import SCMError
 
     from stages.pipeline import flatten
@@ -72,10 +73,28 @@ def _read_revision(name: str) -> Result:
     try:
         predictions = pd.read_parquet(io.BytesIO(dvc.api.read(PREDICTIONS, rev=rev, mode="rb")))
         params, metrics = dvc.api.params_show(rev=rev), dvc.api.metrics_show(rev=rev)
+        lock = YAML(typ="safe").load(dvc.api.read("dvc.lock", rev=rev))["stages"]
     except (DvcException, SCMError, OSError, ValueError) as error:  # ValueError: not Parquet
         reason = str(error).splitlines()[0]
         sys.exit(f"error: expected a result of that name, found none for {name}: {reason}; `dvc exp show` lists them")
+    if stale := _not_run(lock, params):
+        sys.exit(f"error: expected the result of what {name} has, found that {stale} was not run; `dvc repro` first")
     return Result(name, flatten(params), metrics, predictions)
+
+
+def _not_run(lock: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
+    """The first param, or file that a stage reads, with which the results were not made; None where there is none."""
+    from stages.pipeline import lookup
+
+    outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
+    for entry in lock.values():
+        for key, value in entry.get("params", {}).get("params.yaml", {}).items():
+            if lookup(params, key) != value:
+                return f"params.yaml's {key}"
+        for dep in entry.get("deps", []):
+            if outs.get(dep["path"], dep["md5"]) != dep["md5"]:
+                return f"the new {dep['path']}"
+    return None
 
 
 def _read_run(run_id: str) -> Result:
@@ -91,7 +110,9 @@ def _read_run(run_id: str) -> Result:
         if run.data.tags.get("stage") == "train":
             children = store.search({"stage": "evaluate", "mlflow.parentRunId": run_id}, "FINISHED")
             if not children:
-                sys.exit(f"error: expected an evaluation of run {run_id}, found none; `dvc repro` makes it")
+                sys.exit(
+                    f"error: expected an evaluation of run {run_id}, found none; `dvc repro` and `make sync` make it"
+                )
             evaluation = children[0]
         with tempfile.TemporaryDirectory() as folder:
             path = store.client.download_artifacts(evaluation.info.run_id, Path(PREDICTIONS).name, folder)

@@ -79,7 +79,7 @@ def show_run(store: "Store", run: "Run", folder: Path | None) -> None:
     dirty = tags.get("git.dirty") == "true"
     state = ", dirty: the patch is the artifact code.patch" if dirty else ", clean"
     commit = tags.get("mlflow.source.git.commit")
-    print(f"commit   {commit + state if commit else 'unknown: there was no git'}")
+    print(f"commit   {commit + state if commit else 'unknown: there was no git, or another tree'}")
     print(f"command  {tags.get('dvc.cmd', 'unknown: not a run of this pipeline')}")
     for kind, title in (("deps", "read"), ("outs", "made")):
         for path, digest in hashes(run, kind).items():

@@ -27,7 +27,7 @@ ALIAS = "champion"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN_ID", help="a train run (default: that of dvc.lock)")
-    parser.add_argument("--force", action="store_true", help="promote it even if it is worse")
+    parser.add_argument("--force", action="store_true", help="promote it without a comparison")
     args = parser.parse_args()
     from stages.store import Store, describe, quiet
 
@@ -66,10 +66,10 @@ def promote(store: "Store", run: "Run", force: bool) -> None:
     if champion and champion.run_id == run.info.run_id:
         print(f"{run.info.run_name} is the {ALIAS} already: {NAME} version {champion.version}")
         return
-    if champion and champion.run_id:
+    if champion and champion.run_id and not force:
         comparison = compare(read_result(champion.run_id), read_result(run.info.run_id))
         print(comparison["sentence"])
-        if comparison["verdict"] == "worse" and not force:
+        if comparison["verdict"] == "worse":
             sys.exit(f"error: not promoted; version {champion.version} stays the {ALIAS}. --force does it all the same")
     try:
         client.create_registered_model(

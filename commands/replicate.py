@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="run seeds 0 to N-1 (default: 10)")
     parser.add_argument("-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", help="as in dvc exp run")
-    parser.add_argument("--name", help="of the experiments (default: made from the params)")
+    parser.add_argument("--name", default="replicate", help="of the experiments, before a hash of what they run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if args.seeds < 1:
@@ -33,17 +33,18 @@ def main() -> None:
     import dvc.api
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
     from tqdm import tqdm
 
     try:
         with Repo() as repo:
             # What is not a param or the seed decides the results as well: another commit, other experiments.
             state = repr((repo.scm.get_rev(), repo.scm.is_dirty() and _patch(), sorted(args.set_param)))
-    except DvcException as error:
+    except (DvcException, SCMError) as error:
         sys.exit(f"error: {error}")
     except FileNotFoundError as error:
         sys.exit(f"error: expected {error.filename}, found none; install it")
-    name = args.name or f"replicate-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
+    name = f"{args.name}-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
     results: dict[int, Mapping[str, float]] = {}
     for seed in tqdm(range(args.seeds), name, unit="seed", disable=None):
         experiment = f"{name}-{seed}"

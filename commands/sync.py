@@ -19,7 +19,7 @@ def main() -> None:
     quiet()
     try:
         store = Store(Path.cwd())
-        for stage in store.pipeline.in_order():
+        for stage in store.stages():
             missing = store.pipeline.missing_outs(stage)
             if missing:
                 print(f"{stage}: not recorded, {missing[0]} is not as in dvc.lock; `dvc checkout` or `dvc repro` first")

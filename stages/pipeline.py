@@ -14,7 +14,7 @@ from stages.stage import StageError, md5
 
 @dataclass(frozen=True)
 class Record:
-    """One execution of a stage: its command, its params by section, and the MD5 of each dep and out by its path."""
+    """One execution of a stage: its command, its params as dvc.yaml names them, the MD5 of each dep and out by path."""
 
     stage: str
     cmd: str
@@ -54,12 +54,19 @@ class Pipeline:
         except (KeyError, TypeError, AttributeError, RecursionError):
             raise StageError(f"{path}: expected stages as DVC writes them, found something else; {cure}") from None
 
+    def cmd(self, stage: str) -> str:
+        """The command; those of a list as one."""
+        return _one_command(self.stages[stage]["cmd"])
+
     def deps(self, stage: str) -> list[str]:
-        return self.stages[stage]["deps"]
+        return self._paths(stage, "deps")
 
     def outs(self, stage: str) -> list[str]:
         """Paths of all outs, metrics files and plots among them."""
-        entries = [entry for kind in ("outs", "metrics", "plots") for entry in self.stages[stage].get(kind, [])]
+        return self._paths(stage, "outs", "metrics", "plots")
+
+    def _paths(self, stage: str, *kinds: str) -> list[str]:
+        entries = [entry for kind in kinds for entry in self.stages[stage].get(kind, [])]
         return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
 
     def upstream(self, stage: str) -> set[str]:
@@ -76,10 +83,9 @@ class Pipeline:
         return {path: md5(self.folder / path) if (self.folder / path).is_file() else "" for path in paths}
 
     def starting(self, stage: str, params: Mapping[str, Any]) -> Record:
-        """The execution of `stage` that begins now, with `params` by section."""
-        own = {section: params[section] for section in self.stages[stage]["params"]}
-        deps = self.hash(self.deps(stage))
-        return Record(stage, self.stages[stage]["cmd"], deps, own, self._upstream_params(stage), {})
+        """The execution of `stage` that begins now, with `params`, the content of params.yaml."""
+        own = {key: lookup(params, key) for key in self.stages[stage].get("params", []) if isinstance(key, str)}
+        return Record(stage, self.cmd(stage), self.hash(self.deps(stage)), own, self._upstream_params(stage), {})
 
     def locked(self, stage: str) -> Record | None:
         """The execution that dvc.lock records; None where it records none."""
@@ -88,7 +94,7 @@ class Pipeline:
         entry = self.lock[stage]
         deps, outs = ({file["path"]: file["md5"] for file in entry.get(kind, [])} for kind in ("deps", "outs"))
         own = entry.get("params", {}).get("params.yaml", {})
-        return Record(stage, entry["cmd"], deps, own, self._upstream_params(stage), outs)
+        return Record(stage, _one_command(entry["cmd"]), deps, own, self._upstream_params(stage), outs)
 
     def missing_outs(self, stage: str) -> list[str]:
         """The outs of the stage that are not as dvc.lock says; all of them where it says nothing."""
@@ -107,6 +113,18 @@ class Pipeline:
 
 def _read_stages(path: Path) -> dict[str, Any]:
     return dict(YAML(typ="safe").load(path)["stages"].items())
+
+
+def _one_command(cmd: str | list[str]) -> str:
+    return cmd if isinstance(cmd, str) else " && ".join(cmd)
+
+
+def lookup(values: Mapping[str, Any], key: str) -> Any:
+    """The value of a key that DVC tracks, such as `train` or `train.lr`; None where there is none."""
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import platform
+import posixpath
 import re
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -46,8 +48,9 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from ruamel.yaml import YAML, YAMLError
 from safetensors import safe_open
 
+from stages.params import read_values
 from stages.pipeline import Pipeline, Record, flatten, md5
-from stages.stage import StageError, hide_credentials
+from stages.stage import StageError, hide_credentials, shorten
 
 gc.enable()
 gc.freeze()
@@ -96,7 +99,9 @@ class Store:
         # Processes that create an SQLite store at the same time break each other's migrations, and two stages that
         # find the same record missing would both make it. Several projects may share a database.
         named = re.match("sqlite:///([^?]+)", mlflow.get_tracking_uri())
-        database = root / "mlflow.db" if embedded else Path(named[1]) if named else None
+        database = root / "mlflow.db" if embedded else root / named[1] if named else None
+        if named and not Path(named[1]).is_absolute():  # the current folder may be deleted as well
+            mlflow.set_tracking_uri(f"sqlite:///{database}{named.string[named.end() :]}")
         lock = Path(f"{database}.lock") if database else root / ".dvc" / "tmp" / "mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(lock, timeout=60)
@@ -182,14 +187,15 @@ class Store:
             tags["mlflow.parentRunId"] = parent.info.run_id
         if pid:
             tags |= _process_tags(pid)
-        commit, patch = git_state(self.pipeline)
+        # What is restored may be of another tree than the one that is there.
+        commit, patch = git_state(self.pipeline) if pid or self._is_of_this_tree(record) else ("", b"")
         if commit:
             tags |= {"mlflow.source.git.commit": commit, "git.dirty": "true" if patch else "false"}
         changes = changed_params(self.pipeline, record)
         tags["mlflow.note.content"] = note(record, changes)
         experiment = os.environ.get("DVC_EXP_NAME")
         what = [*([experiment] if experiment else []), *changes[:3], *(["…"] if len(changes) > 3 else [])]
-        name = " ".join([record.stage, *(what or [record.fingerprint[:8]])])
+        name = shorten(" ".join([record.stage, *(what or [record.fingerprint[:8]])]), 250)  # as MLflow's tables have it
         with self.lock:
             if unfinished := self.unfinished(record):
                 run_id = unfinished.info.run_id
@@ -203,6 +209,13 @@ class Store:
                 (Path(folder) / PATCH).write_bytes(patch)
                 self.client.log_artifact(run_id, f"{folder}/{PATCH}")
         return run_id
+
+    def _is_of_this_tree(self, record: Record) -> bool:
+        """Whether the stage, and those before it, would run now as they ran: same command, deps and params."""
+        params = read_values(self.pipeline.folder / "params.yaml")
+        stages = {record.stage, *self.pipeline.upstream(record.stage)}
+        records = [(self.pipeline.starting(stage, params), self.pipeline.locked(stage)) for stage in stages]
+        return all(locked and now.fingerprint == locked.fingerprint for now, locked in records)
 
     def _log_inputs(self, run_id: str, record: Record) -> None:
         """Log params and data sets; what the run has already stays as it is."""
@@ -252,8 +265,12 @@ class Store:
         md5s = {**record.deps, **record.outs}
         return {path: md5s[path] for path in self.pipeline.outs("fetch") if path in md5s}
 
+    def stages(self) -> list[str]:
+        """The stages whose executions all have runs, in order; one that was added has some if it makes them."""
+        return [stage for stage in self.pipeline.in_order() if stage in WHAT]
+
     def _log_datasets(self, run_id: str, record: Record) -> None:
-        context = [InputTag("mlflow.data.context", DATASET_CONTEXT[record.stage])]
+        context = [InputTag("mlflow.data.context", DATASET_CONTEXT.get(record.stage, record.stage))]
         inputs = [
             DatasetInput(Dataset(_dataset_name(path), digest, "local", json.dumps({"uri": path})), context)
             for path, digest in self._dataset_files(record).items()
@@ -282,36 +299,40 @@ class Store:
             classes = json.loads(weights.metadata()["lenet"])["classes"]
         example = np.zeros((1, 28, 28), np.uint8)
         example[0, 6:24, 8:20] = 200  # something like a dress
-        # mlflow.pyfunc.log_model would do, but for an active run, which MLflow calls FINISHED whenever Python exits.
-        Model.log(
-            artifact_path=None,
-            flavor=SimpleNamespace(save_model=_save_model),
-            run_id=None if model_id else run_id,  # a run cannot have the same model twice
-            model_id=model_id,
-            name=f"lenet-{outs[path][:8]}",
-            python_model=str(CODE / "serving.py"),
-            artifacts={"weights": (self.pipeline.folder / path).absolute().as_uri()},  # MLflow unquotes a path
-            code_paths=[str(CODE)],
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28))]),
-                outputs=Schema([ColSpec("string", "class"), *(ColSpec("float", name) for name in classes)]),
-            ),
-            input_example=example,
-            validate_serving_input=False,
-            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in SERVING_PACKAGES],
-            tags={
-                **_hash_tags("outs", {path: outs[path]}),
-                "mlflow.source.name": "dvc.yaml:train",
-                "mlflow.note.content": MODEL,
-            },
-        )
+        # MLflow takes no link that leads out of its folder; with cache.type symlink, the file is one into DVC's cache.
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(shutil.copy(self.pipeline.folder / path, folder))
+            # mlflow.pyfunc.log_model would do, but for an active run: MLflow calls it FINISHED whenever Python exits.
+            Model.log(
+                artifact_path=None,
+                flavor=SimpleNamespace(save_model=_save_model),
+                run_id=None if model_id else run_id,  # a run cannot have the same model twice
+                model_id=model_id,
+                name=f"lenet-{outs[path][:8]}",
+                python_model=str(CODE / "serving.py"),
+                artifacts={"weights": copy.as_uri()},  # MLflow unquotes a path
+                code_paths=[str(CODE)],
+                signature=ModelSignature(
+                    inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28))]),
+                    outputs=Schema([ColSpec("string", "class"), *(ColSpec("float", name) for name in classes)]),
+                ),
+                input_example=example,
+                validate_serving_input=False,
+                pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in SERVING_PACKAGES],
+                tags={
+                    **_hash_tags("outs", {path: outs[path]}),
+                    "mlflow.source.name": "dvc.yaml:train",
+                    "mlflow.note.content": MODEL,
+                },
+            )
 
     def evaluation(self, record: Record) -> dict[str, float]:
         """What evaluate's files say: its metrics, and those of each class as, for example, `f1.Bag`."""
         folder = self.pipeline.folder
         metrics = json.loads((folder / one(record.outs, "evaluate.json")).read_text(encoding="utf-8"))
         with (folder / one(record.outs, "per_class.csv")).open(newline="", encoding="utf-8") as file:
-            per_class = {row.pop("class"): row for row in csv.DictReader(file)}
+            rows = list(csv.DictReader(file))
+        per_class = {_metric_name(row.pop("class"), label): row for label, row in enumerate(rows)}
         return metrics | {
             f"{key}.{name}": float(value) for name, row in per_class.items() for key, value in row.items()
         }
@@ -383,7 +404,7 @@ class Store:
             return run_id
 
     def restore_upstream(self, stage: str) -> None:
-        for other in self.pipeline.in_order():
+        for other in self.stages():
             if other in self.pipeline.upstream(stage):
                 self.restore(other)
 
@@ -463,11 +484,14 @@ def git_state(pipeline: Pipeline) -> tuple[str, bytes]:
 
     written = ["dvc.lock", *(out for stage in pipeline.stages for out in pipeline.outs(stage))]
     read = ["params.yaml", "dvc.yaml", "stages"]
+    # One that `git apply` takes, whatever the user's configuration of git makes of a diff.
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+    diff = ("diff", "--binary", *plain)
     try:
         commit = git("rev-parse", "HEAD").decode().strip()
-        patch = git("diff", "HEAD", "--binary", "--", ".", *(f":(exclude){path}" for path in written))
+        patch = git(*diff, "HEAD", "--", ".", *(f":(exclude){path}" for path in written))
         for path in git("ls-files", "--others", "--exclude-standard", "-z", "--", *read).split(b"\0")[:-1]:
-            patch += git("diff", "--binary", "--no-index", "--", "/dev/null", os.fsdecode(path), accept=1)
+            patch += git(*diff, "--no-index", "--", "/dev/null", os.fsdecode(path), accept=1)
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
         return "", b""
     return commit, patch
@@ -508,7 +532,9 @@ def changed_params(pipeline: Pipeline, record: Record) -> list[str]:
 def note(record: Record, changes: list[str]) -> str:
     """The description that the run's page shows, in Markdown."""
     params = f"Params: as committed{', but ' + ', '.join(changes) if changes else ''}."
-    return "\n\n".join([WHAT[record.stage], params, "`python -m commands.lineage RUN_ID` brings its bytes back."])
+    return "\n\n".join(
+        [WHAT.get(record.stage, record.stage), params, "`python -m commands.lineage RUN_ID` brings its bytes back."]
+    )
 
 
 def artifact_path(path: str) -> str | None:
@@ -517,6 +543,13 @@ def artifact_path(path: str) -> str | None:
     if path.endswith(".png"):
         return f"plots/{name}"
     return name if path.endswith((".json", ".csv", ".parquet")) else None
+
+
+def _metric_name(name: str, label: int) -> str:
+    """The name of a class as part of a metric's; with `_` and its label where it has characters that MLflow refuses."""
+    if re.fullmatch(r"[\w.:/ -]+", name) and posixpath.normpath(f"f1.{name}") == f"f1.{name}":
+        return name
+    return re.sub(r"[^\w.: -]", "_", f"{name} {label}")
 
 
 def _save_model(validate_serving_input: bool, **arguments: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TEST_SIZE, Project, Store
+from conftest import TEST_SIZE, Project, Store, copy
 
 from commands.compare import Result, compare, interval
 
@@ -114,3 +114,19 @@ def test_results_on_other_test_sets_are_not_compared(tmp_path: Path) -> None:
     labels = np.zeros(10, int)
     with pytest.raises(SystemExit, match="same test images"):
         compare(result("A", labels, labels), result("B", labels + 1, labels))
+
+
+def test_params_or_a_model_that_no_result_is_of_are_not_compared(two_results: Project, tmp_path: Path) -> None:
+    project = copy(two_results, tmp_path)
+    project.set("train.lr", 0.02)
+    failed = run(project, "main", "workspace", check=False)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == (
+        "error: expected the result of what workspace has, found that params.yaml's train was not run; "
+        "`dvc repro` first\n"
+    )
+    project.repro("--single-item", "train")
+    assert (
+        "found that the new models/lenet.safetensors was not run"
+        in run(project, "main", "workspace", check=False).stderr
+    )

@@ -20,6 +20,9 @@ def changed_project(finished_project: Project, tmp_path_factory: pytest.TempPath
     project = copy(finished_project, tmp_path_factory.mktemp("changed"))
     project.set("train.lr", 0.02)
     (project.folder / "stages/extra.py").write_text("# not in git yet\n")
+    # What makes of a diff something that `git apply` does not take
+    for key, value in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.external", "echo")):
+        project.run("git", "config", key, value)
     project.repro()
     (project.folder / "stages/extra.py").unlink()
     project.run("git", "checkout", "-q", ".")

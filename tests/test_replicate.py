@@ -1,9 +1,12 @@
 """Replicates are real experiments, and their summary is of those that learned."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import Project, copy
 
 from commands.replicate import summarize
 
@@ -23,9 +26,12 @@ def test_each_seed_is_an_experiment_that_runs_once_and_leaves_the_workspace_alon
     summary = json.loads(project.command(*command).stdout)
     assert project.run("git", "status", "--porcelain").stdout == before
     listed = project.dvc("exp", "list", "--name-only").stdout.split()
-    assert sorted(listed) == ["pair-0", "pair-1"]
+    assert sorted(listed) == [f"{summary['name']}-0", f"{summary['name']}-1"]
+    assert re.fullmatch("pair-[0-9a-f]{8}", summary["name"]), "other params must not be taken for these"
     for seed in (0, 1):
-        shown = json.loads(project.dvc("metrics", "diff", "--json", "--all", "HEAD", f"pair-{seed}").stdout)
+        shown = json.loads(
+            project.dvc("metrics", "diff", "--json", "--all", "HEAD", f"{summary['name']}-{seed}").stdout
+        )
         accuracy = shown["metrics/evaluate.json"]["test_accuracy"]
         assert summary["test_accuracy"][str(seed)] == accuracy.get("new", accuracy.get("old"))
     assert json.loads(project.command(*command).stdout) == summary
@@ -37,3 +43,13 @@ def test_a_recipe_that_fails_is_said_with_dvc_s_reason(project: Project) -> None
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     assert "train.lr" in failed.stderr
+
+
+def test_without_a_commit_it_says_so_in_one_line(fresh_project: Project, tmp_path: Path) -> None:
+    project = copy(fresh_project, tmp_path)
+    shutil.rmtree(project.folder / ".git")
+    project.run("git", "init", "-q")
+    failed = project.command("replicate", "--seeds", "1", check=False)
+    assert failed.returncode == 1
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith("error: ")

@@ -164,3 +164,21 @@ def test_a_run_that_was_cut_off_right_after_it_was_created_is_completed(stage: s
     completed = store.run(stage)
     assert completed.info.run_id == cut.info.run_id
     assert content(store, completed) == expected
+
+
+def test_what_is_restored_has_no_commit_where_the_tree_is_another(project: Project) -> None:
+    (project.folder / "mlflow.db").unlink()
+    project.set("train.lr", 0.02)  # and not run
+    sync(project)
+    runs = {stage: Store(project).run(stage).data for stage in STAGES}
+    assert {stage for stage, data in runs.items() if "mlflow.source.git.commit" in data.tags} == {"fetch"}
+    assert runs["train"].params["train.lr"] == "0.01"
+
+
+def test_a_cache_of_symlinks_is_recorded_as_well(project: Project) -> None:
+    project.dvc("config", "cache.type", "symlink")
+    project.dvc("checkout", "--relink")
+    assert (project.folder / "models/lenet.safetensors").is_symlink()
+    (project.folder / "mlflow.db").unlink()
+    sync(project)
+    project.command("audit")

@@ -11,7 +11,7 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import TEST_SIZE, Project, Store, environment, ran
-from dvc.utils.serialize import load_yaml
+from dvc.utils.serialize import load_yaml, modify_yaml
 from safetensors import safe_open
 
 from stages.dataset import read_dataset
@@ -229,3 +229,45 @@ def test_the_pipeline_knows_its_files(finished_project: Project) -> None:
     assert pipeline.upstream("evaluate") == {"fetch", "train"}
     assert pipeline.upstream("fetch") == set()
     assert pipeline.hash(pipeline.outs("train")).items() <= finished_project.md5s().items()
+
+
+def test_stages_that_were_added_or_written_in_another_way_cost_no_record(project: Project) -> None:
+    with modify_yaml(project.folder / "dvc.yaml") as content:
+        stages = content["stages"]
+        stages["count"] = {"cmd": "wc -c data/fashion-mnist/train.safetensors > data/count", "outs": ["data/count"]}
+        stages["count"]["deps"] = ["data/fashion-mnist/train.safetensors"]
+        stages["train"]["deps"].append("data/count")  # between two others
+        stages["evaluate"]["params"] = ["evaluate.batch_size", "evaluate.device", "evaluate.threads"]
+        stages["evaluate"]["cmd"] = ["true", stages["evaluate"]["cmd"]]
+        stages["stamp"] = {"cmd": "date > data/stamp", "outs": ["data/stamp"]}
+    result = project.dvc("repro")
+    assert ran(result.stdout) == ["count", "train", "evaluate", "stamp"]
+    assert "warning" not in result.stderr
+    run = Store(project).runs("evaluate")[0]
+    assert run.data.params["evaluate.batch_size"] == "1000"
+    assert run.data.tags["dvc.cmd"].startswith("true && python -m stages.evaluate ")
+    project.command("audit")
+    (project.folder / "mlflow.db").unlink()
+    assert len(project.command("sync").stdout.splitlines()) == len(STAGES)
+    project.command("audit")
+
+
+def test_long_values_and_names_that_mlflow_refuses_are_recorded(project: Project) -> None:
+    project.set(
+        "fetch.classes", ["Shirt & tie", "Shirt + tie", "a//b", "a/../b", *(f"Class {n} " + "x" * 30 for n in range(6))]
+    )
+    project.set(
+        "fetch.mirrors",
+        [f"http://127.0.0.1/{'x' * 200}/", *load_yaml(project.folder / "params.yaml")["fetch"]["mirrors"]],
+    )
+    assert project.repro() == list(STAGES)
+    (run,) = [run for run in Store(project).runs("evaluate") if "f1.Shirt _ tie 0" in run.data.metrics]
+    assert {"f1.Shirt _ tie 1", "f1.a__b 2", "f1.a_.._b 3"} <= run.data.metrics.keys()
+    assert all(len(run.info.run_name or "") <= 250 for stage in STAGES for run in Store(project).runs(stage))
+    project.command("audit")
+
+
+def test_a_relative_address_of_the_store_is_the_projects_own(project: Project) -> None:
+    uri = "sqlite:///mlflow.db"
+    project.dvc("exp", "run", "--temp", "--set-param", "evaluate.batch_size=50", MLFLOW_TRACKING_URI=uri)
+    assert len(Store(project).runs("evaluate")) == 2
