@@ -42,12 +42,13 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs=2, metavar=("A", "B"), help="git revision, DVC experiment or MLflow run id")
+    for name in ("A", "B"):
+        parser.add_argument(name, help="git revision, DVC experiment, workspace or MLflow run id")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--md", action="store_true", help="print Markdown")
     args = parser.parse_args()
-    a, b = (read_result(name) for name in args.results)
+    a, b = read_result(args.A), read_result(args.B)
     comparison = compare(a, b)
     if args.json:
         print(json.dumps(comparison, indent=2, ensure_ascii=False))

@@ -49,6 +49,8 @@ def record(events: Iterator[str]) -> None:
         if next(events, None) is None:  # DVC has not seen it succeed, and will run it again
             status = "KILLED"
     store.close(run_id, status, pid)
+    if status == "FINISHED" and current.stage == "train":
+        store.restore_evaluation(replace(current, outs=outs), run_id)
     say("closed")
 
 

@@ -98,7 +98,7 @@ class Store:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         # Processes that create an SQLite store at the same time break each other's migrations, and two stages that
         # find the same record missing would both make it. Several projects may share a database.
-        named = re.match("sqlite:///([^?]+)", mlflow.get_tracking_uri())
+        named = re.match("sqlite:///(?!file:)([^?]+)", mlflow.get_tracking_uri())
         database = root / "mlflow.db" if embedded else root / named[1] if named else None
         if named and not Path(named[1]).is_absolute():  # the current folder may be deleted as well
             mlflow.set_tracking_uri(f"sqlite:///{database}{named.string[named.end() :]}")
@@ -212,10 +212,13 @@ class Store:
 
     def _is_of_this_tree(self, record: Record) -> bool:
         """Whether the stage, and those before it, would run now as they ran: same command, deps and params."""
-        params = read_values(self.pipeline.folder / "params.yaml")
         stages = {record.stage, *self.pipeline.upstream(record.stage)}
-        records = [(self.pipeline.starting(stage, params), self.pipeline.locked(stage)) for stage in stages]
-        return all(locked and now.fingerprint == locked.fingerprint for now, locked in records)
+        records = [self.pipeline.locked(stage) for stage in stages]
+        return all(locked and self._would_skip(locked) for locked in records)
+
+    def _would_skip(self, record: Record) -> bool:
+        params = read_values(self.pipeline.folder / "params.yaml")
+        return self.pipeline.starting(record.stage, params).fingerprint == record.fingerprint
 
     def _log_inputs(self, run_id: str, record: Record) -> None:
         """Log params and data sets; what the run has already stays as it is."""
@@ -380,16 +383,17 @@ class Store:
             return None
         return self.find(train)
 
-    def restore(self, stage: str) -> str | None:
+    def restore(self, stage: str, parent: Run | None = None) -> str | None:
         """Make the run of the execution that dvc.lock records, if it is missing; return its id.
 
-        A run that was cut off is completed. Nothing is made of outs that are not as dvc.lock says.
+        A run that was cut off is completed. Nothing is made of outs that are not as dvc.lock says. `parent` is the run
+        to put it below, where that is not yet in dvc.lock.
         """
         record = self.pipeline.locked(stage)
         if record is None or self.pipeline.missing_outs(stage):
             return None
         with self.lock:
-            parent = self.parent(record)
+            parent = parent or self.parent(record)
             run = self.find(record)
             if run and (parent is None or run.data.tags.get("mlflow.parentRunId") == parent.info.run_id):
                 return None
@@ -407,6 +411,12 @@ class Store:
         for other in self.stages():
             if other in self.pipeline.upstream(stage):
                 self.restore(other)
+
+    def restore_evaluation(self, record: Record, run_id: str) -> None:
+        """Put the evaluation that there is below a train run that made the same model: DVC will not run it again."""
+        evaluation = self.pipeline.locked("evaluate")
+        if evaluation and record.outs.items() & evaluation.deps.items() and self._would_skip(evaluation):
+            self.restore("evaluate", self.client.get_run(run_id))
 
     def dead(self) -> list[Run]:
         """The runs that are RUNNING for processes of this host that are gone."""

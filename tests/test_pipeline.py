@@ -237,10 +237,11 @@ def test_the_tests_that_hold_a_promise_are_there() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(path.stem for path in (ROOT / "commands").glob("[a-z]*.py")))
-def test_each_command_stands_in_the_readme_and_its_help_has_examples(command: str) -> None:
+def test_each_command_stands_in_the_readme_and_its_help_has_examples(command: str, finished_project: Project) -> None:
     assert f"python -m commands.{command}" in (ROOT / "README.md").read_text(encoding="utf-8")
     tree = ast.parse((ROOT / "commands" / f"{command}.py").read_text(encoding="utf-8"))
     assert f"python -m commands.{command}" in (ast.get_docstring(tree) or ""), "the help is the docstring"
+    assert f"python -m commands.{command}" in finished_project.command(command, "--help").stdout
 
 
 def test_the_lock_holds_every_direct_dependency_with_hashes() -> None:

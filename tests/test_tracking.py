@@ -239,13 +239,17 @@ def test_stages_that_were_added_or_written_in_another_way_cost_no_record(project
         stages["train"]["deps"].append("data/count")  # between two others
         stages["evaluate"]["params"] = ["evaluate.batch_size", "evaluate.device", "evaluate.threads"]
         stages["evaluate"]["cmd"] = ["true", stages["evaluate"]["cmd"]]
-        stages["stamp"] = {"cmd": "date > data/stamp", "outs": ["data/stamp"]}
+        stages["stamp"] = {"cmd": "python stamp.py", "outs": ["data/stamp"]}
+    (project.folder / "stamp.py").write_text(
+        "from stages import tracking\nwith tracking.run('stamp'):\n    open('data/stamp', 'w').close()\n"
+    )
     result = project.dvc("repro")
     assert ran(result.stdout) == ["count", "train", "evaluate", "stamp"]
     assert "warning" not in result.stderr
     run = Store(project).runs("evaluate")[0]
     assert run.data.params["evaluate.batch_size"] == "1000"
     assert run.data.tags["dvc.cmd"].startswith("true && python -m stages.evaluate ")
+    assert Store(project).run("stamp").info.status == "FINISHED"
     project.command("audit")
     (project.folder / "mlflow.db").unlink()
     assert len(project.command("sync").stdout.splitlines()) == len(STAGES)
@@ -271,3 +275,14 @@ def test_a_relative_address_of_the_store_is_the_projects_own(project: Project) -
     uri = "sqlite:///mlflow.db"
     project.dvc("exp", "run", "--temp", "--set-param", "evaluate.batch_size=50", MLFLOW_TRACKING_URI=uri)
     assert len(Store(project).runs("evaluate")) == 2
+
+
+def test_a_training_to_the_same_bytes_has_the_evaluation_that_dvc_skips(project: Project) -> None:
+    project.set("train.checkpoint_epochs", 2)
+    assert project.repro() == ["train"]
+    again, first = Store(project).runs("train")
+    assert again.data.metrics == first.data.metrics
+    evaluation = Store(project).runs("evaluate")[0]
+    assert evaluation.data.tags["mlflow.parentRunId"] == again.info.run_id
+    assert evaluation.data.tags["restored"] == "true"
+    project.command("audit")
