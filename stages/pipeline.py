@@ -96,6 +96,12 @@ class Pipeline:
         own = entry.get("params", {}).get("params.yaml", {})
         return Record(stage, _one_command(entry["cmd"]), deps, own, self._upstream_params(stage), outs)
 
+    def add(self, record: Record) -> None:
+        """Put an execution into the lock, here alone: DVC writes it to dvc.lock when the stage has ended."""
+        deps, outs = ([{"path": path, "md5": md5} for path, md5 in of.items()] for of in (record.deps, record.outs))
+        params = {"params.yaml": record.params}
+        self.lock[record.stage] = {"cmd": record.cmd, "deps": deps, "params": params, "outs": outs}
+
     def missing_outs(self, stage: str) -> list[str]:
         """The outs of the stage that are not as dvc.lock says; all of them where it says nothing."""
         record = self.locked(stage)

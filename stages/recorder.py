@@ -50,7 +50,8 @@ def record(events: Iterator[str]) -> None:
             status = "KILLED"
     store.close(run_id, status, pid)
     if status == "FINISHED" and current.stage == "train":
-        store.restore_evaluation(replace(current, outs=outs), run_id)
+        store.pipeline.add(replace(current, outs=outs))
+        store.restore_evaluation()
     say("closed")
 
 

@@ -383,17 +383,16 @@ class Store:
             return None
         return self.find(train)
 
-    def restore(self, stage: str, parent: Run | None = None) -> str | None:
+    def restore(self, stage: str) -> str | None:
         """Make the run of the execution that dvc.lock records, if it is missing; return its id.
 
-        A run that was cut off is completed. Nothing is made of outs that are not as dvc.lock says. `parent` is the run
-        to put it below, where that is not yet in dvc.lock.
+        A run that was cut off is completed. Nothing is made of outs that are not as dvc.lock says.
         """
         record = self.pipeline.locked(stage)
         if record is None or self.pipeline.missing_outs(stage):
             return None
         with self.lock:
-            parent = parent or self.parent(record)
+            parent = self.parent(record)
             run = self.find(record)
             if run and (parent is None or run.data.tags.get("mlflow.parentRunId") == parent.info.run_id):
                 return None
@@ -412,11 +411,11 @@ class Store:
             if other in self.pipeline.upstream(stage):
                 self.restore(other)
 
-    def restore_evaluation(self, record: Record, run_id: str) -> None:
+    def restore_evaluation(self) -> None:
         """Put the evaluation that there is below a train run that made the same model: DVC will not run it again."""
         evaluation = self.pipeline.locked("evaluate")
-        if evaluation and record.outs.items() & evaluation.deps.items() and self._would_skip(evaluation):
-            self.restore("evaluate", self.client.get_run(run_id))
+        if evaluation and self.parent(evaluation) and self._would_skip(evaluation):
+            self.restore("evaluate")
 
     def dead(self) -> list[Run]:
         """The runs that are RUNNING for processes of this host that are gone."""

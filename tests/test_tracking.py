@@ -285,4 +285,6 @@ def test_a_training_to_the_same_bytes_has_the_evaluation_that_dvc_skips(project:
     evaluation = Store(project).runs("evaluate")[0]
     assert evaluation.data.tags["mlflow.parentRunId"] == again.info.run_id
     assert evaluation.data.tags["restored"] == "true"
+    assert evaluation.data.params["train.checkpoint_epochs"] == "2", "the params of this training, not of the former"
+    assert evaluation.data.tags["mlflow.source.git.commit"] == again.data.tags["mlflow.source.git.commit"]
     project.command("audit")
