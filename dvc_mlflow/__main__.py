@@ -1,0 +1,103 @@
+"""The command `dvc-mlflow`, which is `python -m dvc_mlflow` as well."""
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+DESCRIPTION = "MLflow as a view of what DVC ran, skipped or restored, in any pipeline."
+EXAMPLES = {
+    "run": """\
+Run a stage's command, and record it while it is at work. In dvc.yaml:
+
+  cmd: dvc-mlflow run python train.py       the command gets all signals, and its exit code is passed on
+  cmd: dvc-mlflow run ./prepare.sh data     any language
+
+By hand, outside `dvc repro`, the command runs as it is. With TRACKING_STRICT=1, what cannot be recorded fails.""",
+    "sync": """\
+Record each execution of dvc.lock, and of this commit's experiments, whose run is missing; close the runs of processes
+of this host that are gone. Fails if something could not be recorded.
+
+  dvc-mlflow sync                     after `dvc repro`, `dvc pull`, or an outage of MLflow
+  dvc-mlflow sync --close-stale 24    and close what other hosts left RUNNING a day ago: a CI runner that is gone""",
+    "audit": """\
+Compare dvc.yaml, the params, dvc.lock, the files, DVC's cache and MLflow; list each disagreement in one line. Fails if
+there is one.
+
+  dvc-mlflow audit            what dvc.lock records
+  dvc-mlflow audit --all      and every other run: is it what an execution can have been?""",
+    "lineage": """\
+Lead from a run back to the bytes, and from bytes to the runs.
+
+  dvc-mlflow lineage RUN_ID                     what a run read and made, and how to bring it back
+  dvc-mlflow lineage RUN_ID --restore ../again  bring it back in a new folder, and verify every hash
+  dvc-mlflow lineage models/model.bin           the runs that made or read a file; an MD5 works, too""",
+}
+
+
+def main() -> None:
+    """Do what the command line says; end in one line and a non-zero exit if that fails."""
+    if sys.argv[1:2] == ["run"] and len(sys.argv) > 2 and sys.argv[2] not in ("-h", "--help"):
+        from dvc_mlflow.launcher import run
+
+        run(sys.argv[3 if sys.argv[2] == "--" else 2 :])
+    parser = argparse.ArgumentParser(prog="dvc-mlflow", description=DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of = {
+        name: commands.add_parser(
+            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for name, text in EXAMPLES.items()
+    }
+    of["run"].add_argument("words", nargs="+", metavar="COMMAND", help="the command and its arguments")
+    of["sync"].add_argument("--close-stale", type=float, metavar="HOURS", help="close runs of other hosts of this age")
+    of["audit"].add_argument("--all", action="store_true", help="check every finished run in the store")
+    of["lineage"].add_argument("target", metavar="RUN_ID|FILE|MD5")
+    of["lineage"].add_argument("--restore", type=Path, metavar="DIR", help="new folder in which to bring bytes back")
+    arguments = parser.parse_args()
+    if arguments.command == "lineage" and arguments.restore and arguments.restore.exists():
+        sys.exit(f"error: expected a new folder for --restore, found {arguments.restore}; name another")
+    try:
+        _do(arguments)
+    except KeyboardInterrupt:
+        print("stopped; the next call completes it", file=sys.stderr)
+        sys.exit(130)
+
+
+def _do(arguments: argparse.Namespace) -> None:
+    gc.disable()  # what is imported stays: to look through it for garbage would take a third of the time
+    from dvc_mlflow.project import Project
+    from dvc_mlflow.store import Store, describe, quiet
+
+    gc.enable()
+    gc.freeze()
+    quiet()
+    failed = False
+    try:
+        store = Store(Project(Path.cwd()))
+        if arguments.command == "sync":
+            from dvc_mlflow.sync import sync
+
+            for line, failure in sync(store, arguments.close_stale):
+                failed = failed or failure
+                print(line, flush=True)
+        elif arguments.command == "audit":
+            from dvc_mlflow.audit import audit
+
+            for line in audit(store, arguments.all):
+                failed = True
+                print(line, flush=True)
+            if not failed:
+                print("dvc.yaml, the params, dvc.lock, the files and MLflow agree")
+        else:
+            from dvc_mlflow.lineage import lineage
+
+            lineage(store, arguments.target, arguments.restore)
+    except Exception as error:  # of DVC, the store or the user: one line for each
+        sys.exit(f"error: {describe(error)}")
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

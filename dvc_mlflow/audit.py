@@ -1,0 +1,218 @@
+"""List where DVC, the files and MLflow disagree."""
+
+import json
+import posixpath
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dvc.dependency import ParamsDependency
+from dvc.exceptions import DvcException
+from mlflow.entities import Run
+
+from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, flatten, start_of
+from dvc_mlflow.project import Project, Unprovable, _plain, hash_path, matches
+from dvc_mlflow.store import EXECUTION, Store, _same, parent_metrics
+from dvc_mlflow.text import valid_name
+
+
+def audit(store: Store, everything: bool = False) -> Iterator[str]:
+    """Yield each disagreement of dvc.yaml, the params, dvc.lock, the files and MLflow, a line each."""
+    project = store.project
+    yield from audit_files(project)
+    for address in project.stages:
+        try:
+            execution = project.locked(address)
+        except Unprovable as error:
+            alone = project.locked_alone(address)
+            if not (alone and store.find(alone)):
+                yield f"{address}: {error}, so that it has no run; `dvc repro`"
+            continue
+        if execution is None:
+            continue
+        run = store.find(execution)
+        if run is None:
+            yield f"{address}: MLflow has no finished run of what dvc.lock records; `dvc-mlflow sync`"
+            continue
+        yield from (f"{address}: run {run.info.run_id}: {line}" for line in audit_run(store, run, execution))
+    for run in store.dead():
+        yield f"{run.data.tags['stage']}: run {run.info.run_id}: MLflow has it RUNNING, its process is gone"
+    if everything:
+        for run in store.search({}, "FINISHED"):
+            if "dvc.execution" in run.data.tags:
+                lines = audit_run(store, run, None)
+                yield from (f"{run.data.tags['stage']}: run {run.info.run_id}: {line}" for line in lines)
+
+
+def audit_files(project: Project) -> Iterator[str]:
+    """Yield where dvc.yaml, the params or the files are not as dvc.lock says."""
+    for address, stage in project.stages.items():
+        execution = project.locked_alone(address)
+        if execution is None:
+            yield f"{address}: dvc.yaml has it, dvc.lock does not"
+            continue
+        cmd = "\n".join(stage.cmd) if isinstance(stage.cmd, list) else stage.cmd
+        if execution.cmd != cmd:
+            yield f"{address}: dvc.yaml has another command than dvc.lock"
+        params = {}
+        for dep in stage.deps:
+            if isinstance(dep, ParamsDependency):
+                try:
+                    params[project.path(stage, dep.def_path)] = _plain(dep.read_params())
+                except DvcException as error:
+                    yield f"{address}: {error}"
+        now, then = (
+            {f"{p}:{k}": v for p, ps in some.items() for k, v in flatten(ps).items()}
+            for some in (params, execution.params)
+        )
+        for key in sorted({*now, *then}):
+            if now.get(key) != then.get(key):
+                path, _, name = key.partition(":")
+                yield f"{name}: {path} has {_show(now, key)}, dvc.lock {_show(then, key)}"
+        deps = [project.path(stage, dep.def_path) for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+        for listed, locked in ((deps, execution.deps), (project.outs(stage), execution.outs)):
+            for path in sorted({*listed} ^ {*locked}):
+                where = ("dvc.yaml", "dvc.lock") if path in listed else ("dvc.lock", "dvc.yaml")
+                yield f"{address}: {path}: {where[0]} has it, {where[1]} does not"
+        for path, digest in {**execution.deps, **execution.outs}.items():
+            if "://" in path:
+                continue
+            found = digest_of(project, path, digest)
+            if found != digest:
+                yield f"{path}: dvc.lock ({address}) has MD5 {digest}, the file {found or 'is missing'}"
+            # DVC does not read what it takes from its cache, and says nothing of this.
+            if path in execution.outs:
+                for cached, of in damaged(project, path, digest):
+                    remove = [cached] if found == digest else [project.folder / path, cached]
+                    cure = shlex.join(
+                        ["rm", "-rf" if digest.endswith(".dir") and found != digest else "-f", *map(str, remove)]
+                    )
+                    yield f"{of}: DVC's copy is damaged; `{cure}`" + ("" if found == digest else ", then `dvc repro`")
+
+
+def digest_of(project: Project, path: str, digest: str) -> str:
+    """The hash of a file or directory as it is, read from its bytes; "" if it is missing."""
+    file = project.folder / path
+    if matches(file, digest):
+        return digest
+    if not file.exists():
+        return ""
+    return hash_path(file, project.repo).hash_info.value
+
+
+def damaged(project: Project, path: str, digest: str) -> Iterator[tuple[Path, str]]:
+    """Yield what DVC's cache has of an out under a hash that is not its own: the object, and the path that it is of."""
+    for cached in project.cached(digest):
+        if cached.exists() and digest.endswith(".dir"):
+            entries = project.entries(path, digest)
+            if not matches(cached, digest.removesuffix(".dir")):
+                yield cached, path
+            for name, one in (entries or {}).items():
+                for part in project.cached(one):
+                    if part.exists() and not matches(part, one):
+                        yield part, posixpath.join(path, name)
+            return
+        if cached.exists() and not matches(cached, digest):
+            yield cached, path
+            return
+
+
+def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]:
+    """Yield where a run is not what its execution says, or its execution not what any can have been."""
+    execution = store.execution_of(run)
+    if execution is None:
+        yield f"its artifact {EXECUTION} cannot be read"
+        return
+    if execution.id != run.data.tags.get("dvc.execution") or (locked and locked.id != execution.id):
+        yield f"its artifact {EXECUTION} is of another execution"
+        return
+    for path, digest in execution.deps.items():
+        for one in execution.upstream:
+            if path in one.outs and one.outs[path] != digest:
+                yield f"{path}: it read {digest}, {one.stage} before it made {one.outs[path]}"
+    files = store.project if locked else store.files_of(run)
+    try:
+        expected = content_of(locked or execution, files)
+        if locked:
+            expected = _with_params(expected, execution)
+    except MissingBytes as error:
+        if locked is None:
+            yield f"its artifacts do not have {error}"
+            return
+        expected = _with_params(start_of(locked, store.project), execution)
+        found = store.read(run, expected)
+        for name, one, other in differences(found, expected):
+            if name.startswith(("params", "datasets")):
+                yield _line(name, one, other)
+        return
+    found = store.read(run, expected)
+    theirs = _of_children(store, run, {*expected.metrics, *expected.curves})
+    for name, one, other in differences(found, expected):
+        key = name.partition(" ")[2]
+        if name.startswith("models"):
+            continue
+        if name.startswith("metrics") and other is None:
+            if not any(_same(one, value) for value in theirs.get(key, [])):
+                yield _line(name, one, other)
+        else:
+            yield _line(name, one, other)
+    paths = {execution.declared.models[name]: digest for name, digest in expected.models.items()}
+    for path in sorted({*paths, *found.models}):
+        if paths.get(path) != found.models.get(path):
+            yield _line(f"model {path}", found.models.get(path), paths.get(path))
+    for key, values in theirs.items():
+        if key not in found.metrics and key not in expected.curves and values:
+            yield f"metrics {key}: the runs below it have it, it has not"
+    maker = execution.maker_of_model()
+    if maker:
+        parent_id = run.data.tags.get("mlflow.parentRunId")
+        parent = store.client.get_run(parent_id) if parent_id else None
+        if parent is None or parent.data.tags.get("dvc.execution") != maker.id:
+            yield "its parent is not the run that made its model"
+
+
+def _with_params(content: Any, execution: Execution) -> Any:
+    """The content with the params of the stages before it as they were when the run was made."""
+    return replace(content, params=start_of(execution, _NoFiles()).params)
+
+
+class _NoFiles:
+    """No bytes at all: params need none."""
+
+    def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
+        """Nothing."""
+
+    def entries(self, path: str, digest: str) -> None:
+        """Nothing."""
+
+
+def _of_children(store: Store, run: Run, own: set[str]) -> dict[str, list[float]]:
+    """The metrics that the runs below this one have, as this one shows them: name and values."""
+    values: dict[str, list[float]] = {}
+    if not (run.outputs and run.outputs.model_outputs):
+        return values
+    for child in store.search({"mlflow.parentRunId": run.info.run_id}, "FINISHED"):
+        execution = store.execution_of(child)
+        if execution is None:
+            continue
+        try:
+            content = content_of(execution, store.files_of(child))
+        except MissingBytes:
+            continue
+        for key, value in parent_metrics(execution, content, own).items():
+            values.setdefault(valid_name(key), []).append(value)
+    return values
+
+
+def _line(name: str, found: object, expected: object) -> str:
+    if found is None:
+        return f"{name}: MLflow does not have it; expected {json.dumps(expected, ensure_ascii=False)}"
+    if expected is None:
+        return f"{name}: MLflow has {json.dumps(found, ensure_ascii=False)}; expected nothing"
+    return f"{name}: MLflow has {json.dumps(found, ensure_ascii=False)}; expected {json.dumps(expected, ensure_ascii=False)}"
+
+
+def _show(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key], default=str) if key in values else "none"

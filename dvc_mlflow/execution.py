@@ -1,0 +1,353 @@
+"""An execution of a stage, as dvc.lock records it, and its content: what MLflow shows of it.
+
+The content is a function of the execution, of what dvc.yaml declares and of the bytes of the outs. `sync` writes it,
+`audit` compares it, and the live record is the same content, only earlier.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from dvc_mlflow.text import valid_name, valid_value
+
+SMALL_BYTES = 1_000_000  # outs of at most this size are artifacts
+SMALL_FILES = 100  # ... and directories of at most this many files
+MOST_METRICS = 10_000  # of a file: more are not metrics to compare
+INFINITY = 1.7976931348623157e308  # what MLflow's stores make of an infinite metric
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A plot over a whole number: the file, the column of x, and the columns to show, all where there are none."""
+
+    path: str
+    x: str
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What dvc.yaml says of the files of a stage. Paths are relative to the DVC project's root."""
+
+    desc: str = ""
+    metrics: tuple[str, ...] = ()
+    plots: tuple[str, ...] = ()
+    curves: tuple[Curves, ...] = ()
+    datasets: Mapping[str, str] = field(default_factory=dict)  # name: path
+    models: Mapping[str, str] = field(default_factory=dict)  # name: path
+    model_meta: Mapping[str, Any] = field(default_factory=dict)  # name: meta
+    models_read: Mapping[str, str] = field(default_factory=dict)  # name: path, of the models among its deps
+    prefix: str = ""  # of its metrics on the run that made its model: several stages read that model
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One execution of a stage: its command, params by file and key, and the hashes of deps and outs by path."""
+
+    stage: str  # its address from the root: train, train@0, sub/dvc.yaml:train
+    cmd: str
+    params: Mapping[str, Mapping[str, Any]]
+    deps: Mapping[str, str]
+    outs: Mapping[str, str] = field(default_factory=dict)  # empty while it is at work
+    declared: Declared = field(default_factory=Declared)
+    entries: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of small directories: hashes by path
+    upstream: tuple["Execution", ...] = ()  # those that made what it read, the first ones first
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the outs: command, params and deps."""
+        return _sha256([self.cmd, self.params, self.deps])
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the whole execution, outs included; two that are alike are one."""
+        return _sha256([self.stage, self.fingerprint, self.outs])
+
+    def to_json(self) -> str:
+        """The execution, with those before it, as the artifact that the run keeps."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, default=str)
+
+    def maker_of_model(self) -> "Execution | None":
+        """The execution that made the model that this one reads; None if it reads none that a stage made."""
+        for path in self.declared.models_read.values():
+            for other in self.upstream:
+                if any(inside(path, out) for out in other.outs):
+                    return other
+        return None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Execution":
+        """The execution of a run's artifact. Raises ValueError, TypeError or KeyError if it is no such file."""
+        return cls._from_dict(json.loads(text))
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> "Execution":
+        declared = dict(values["declared"])
+        declared["curves"] = tuple(Curves(c["path"], c["x"], tuple(c["columns"])) for c in declared["curves"])
+        for key in ("metrics", "plots"):
+            declared[key] = tuple(declared[key])
+        upstream = tuple(cls._from_dict(other) for other in values["upstream"])
+        return cls(**{**values, "declared": Declared(**declared), "upstream": upstream})
+
+
+@dataclass(frozen=True)
+class Content:
+    """What MLflow shows of an execution."""
+
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    datasets: Mapping[str, str]  # name: digest
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # by column and step
+    artifacts: Mapping[str, str] = field(default_factory=dict)  # path: hash
+    models: Mapping[str, str] = field(default_factory=dict)  # name: hash
+    problems: tuple[str, ...] = ()  # what cannot be shown, a line each
+
+
+class Files(Protocol):
+    """Where the bytes of outs can be had."""
+
+    def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
+        """A local copy, of at most so many bytes, of a file with this hash; None if there is none."""
+
+    def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
+        """The hashes of the files in a directory, by their path from it; None if they cannot be had."""
+
+
+class MissingBytes(Exception):
+    """An out of which MLflow would show something is nowhere to be had."""
+
+
+def start_of(execution: Execution, files: Files) -> Content:
+    """The part of the content that is known before the outs are: params, tags, data sets."""
+    params: dict[str, str] = {}
+    for one in (*execution.upstream, execution):  # the stage's own params come last: they win
+        params |= {key: valid_value(value) for key, value in named_params(one).items()}
+    tags = {
+        "stage": execution.stage,
+        "dvc.fingerprint": execution.fingerprint,
+        "dvc.cmd": execution.cmd,
+        **{f"dvc.deps.{path}": digest for path, digest in execution.deps.items()},
+    }
+    datasets = {
+        valid_name(name): digest[:36]  # MLflow takes 36 characters: an MD5 of a directory
+        for name, path in execution.declared.datasets.items()
+        if (digest := _digest(execution, path, files))
+    }
+    return Content(params, {valid_name(key): valid_value(value) for key, value in tags.items()}, datasets)
+
+
+def content_of(execution: Execution, files: Files) -> Content:
+    """The whole content of an execution that has ended.
+
+    Raises MissingBytes if a file of which MLflow would show something cannot be had.
+    """
+    start, declared = start_of(execution, files), execution.declared
+    leaves, problems = _leaves(execution, files)
+    metrics: dict[str, float] = {}
+    tags = dict(start.tags)
+    keys = [_read_metrics(path, files, leaves) for path in declared.metrics]
+    for path, (values, problem) in zip(declared.metrics, keys, strict=True):
+        problems += [problem] if problem else []
+        others = {
+            key for other, (found, _) in zip(declared.metrics, keys, strict=True) if other != path for key in found
+        }
+        for key, value in values.items():
+            name = valid_name(f"{path}:{key}" if key in others else key)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                metrics[name] = stored(value)
+            else:
+                tags[name] = valid_value(value if isinstance(value, str) else json.dumps(value, default=str))
+    curves: dict[str, dict[int, float]] = {}
+    for plot in declared.curves:
+        if plot.path in leaves:
+            found, problem = read_curves(plot, _bytes(plot.path, files, leaves))
+            problems += [problem] if problem else []
+            for column, points in found.items():
+                curves.setdefault(valid_name(column), {}).update(points)
+    for name in curves.keys() & metrics.keys():  # the last point says it already; another value has another name
+        last = curves[name][max(curves[name])]
+        value = metrics.pop(name)
+        if value != last and not (math.isnan(value) and math.isnan(last)):
+            metrics[valid_name(f"{name} (final)")] = value
+    tags |= {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
+    tags["dvc.execution"] = execution.id
+    models = {name: leaves[path] for name, path in declared.models.items() if path in leaves}
+    kept = {*declared.models.values(), *declared.datasets.values()}
+    artifacts = {}
+    for path, digest in leaves.items():
+        if any(path == one or path.startswith(f"{one}/") for one in kept):
+            continue
+        shown = path in declared.metrics or any(path == one or path.startswith(f"{one}/") for one in declared.plots)
+        if digest.endswith(".dir"):
+            continue
+        if files.find(path, digest, None if shown else SMALL_BYTES):
+            artifacts[path] = digest
+        elif shown:
+            raise MissingBytes(path)
+    return Content(start.params, tags, start.datasets, metrics, curves, artifacts, models, tuple(problems))
+
+
+def _digest(execution: Execution, path: str, files: Files) -> str:
+    """The hash of a dep or an out, or of a file in one; "" if it is not known."""
+    known = {**execution.deps, **execution.outs}
+    if path in known:
+        return known[path]
+    for folder, digest in known.items():
+        if inside(path, folder) and (entries := files.entries(folder, digest)):
+            return entries.get(path.removeprefix(f"{folder}/"), "")
+    return ""
+
+
+def stored(value: float) -> float:
+    """The number as MLflow's stores give it back."""
+    if value and math.isinf(value):
+        return math.copysign(INFINITY, value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the largest float
+        return math.copysign(INFINITY, value)
+
+
+def named_params(execution: Execution) -> dict[str, str]:
+    """The stage's own params as MLflow shows them: `key`, or `file:key` for other files than params.yaml."""
+    values = {}
+    for path, params in execution.params.items():
+        for key, value in flatten(params).items():
+            name = valid_name(key if path == "params.yaml" else f"{path}:{key}")
+            values[name] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots, as in `dvc params diff`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_curves(plot: Curves, data: bytes) -> tuple[dict[str, dict[int, float]], str]:
+    """The points of each column by their x, and a line on what cannot be shown ("" if all can).
+
+    A last line of CSV or TSV without its end is not read: it may still be being written.
+    """
+    suffix = PurePosixPath(plot.path).suffix
+    try:
+        text = data.decode()
+        if suffix in (".csv", ".tsv"):
+            whole = text[: text.rfind("\n") + 1]
+            rows: Any = list(csv.DictReader(io.StringIO(whole), delimiter="\t" if suffix == ".tsv" else ","))
+        else:
+            rows = _parse(plot.path, text)
+            if isinstance(rows, dict):  # DVC takes the first list that it finds
+                rows = next((value for value in rows.values() if isinstance(value, list)), [])
+    except Exception as error:  # of a parser that read what may be anything
+        return {}, f"{plot.path}: expected a table, found something else ({type(error).__name__}); no curves of it"
+    curves: dict[str, dict[int, float]] = {}
+    for row in rows:
+        step = _number(row.get(plot.x)) if isinstance(row, dict) else None
+        if step is None or step != int(step):
+            return {}, f"{plot.path}: expected a whole number as {plot.x}, found {_shown(row, plot.x)}; no curves of it"
+        for column in plot.columns or [key for key in row if key not in (plot.x, None)]:
+            value = _number(row.get(column))
+            if value is not None:
+                curves.setdefault(column, {})[int(step)] = stored(value)
+    return curves, ""
+
+
+def _shown(row: Any, x: str) -> str:
+    return repr(row[x])[:40] if isinstance(row, dict) and x in row else "none"
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if isinstance(value, bool) else number
+
+
+def _read_metrics(path: str, files: Files, leaves: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """The values of a metrics file, nested keys joined by dots, and a line on what cannot be shown."""
+    if path not in leaves:
+        return {}, ""
+    try:
+        values = _parse(path, _bytes(path, files, leaves).decode())
+    except MissingBytes:
+        raise
+    except Exception as error:  # of a parser that read what may be anything
+        return {}, f"{path}: expected metrics, found something else ({type(error).__name__}); none of it is shown"
+    if isinstance(values, int | float) and not isinstance(values, bool):
+        values = {PurePosixPath(path).stem: values}
+    if not isinstance(values, dict):
+        return {}, f"{path}: expected a mapping of names to numbers, found {type(values).__name__}; none of it is shown"
+    flat = flatten({str(key): value for key, value in values.items()})
+    if len(flat) > MOST_METRICS:
+        return {}, f"{path}: expected at most {MOST_METRICS:,} metrics, found {len(flat):,}; none of it is shown"
+    return flat, ""
+
+
+def _parse(path: str, text: str) -> Any:
+    from dvc.utils.serialize import PARSERS
+
+    return PARSERS[PurePosixPath(path).suffix or ".yaml"](text, path)
+
+
+def _bytes(path: str, files: Files, leaves: Mapping[str, str]) -> bytes:
+    found = files.find(path, leaves[path])
+    if found is None:
+        raise MissingBytes(path)
+    return found.read_bytes()
+
+
+def _leaves(execution: Execution, files: Files) -> tuple[dict[str, str], list[str]]:
+    """The hashes of the outs by path; of directories that something of is shown, of the files in them as well."""
+    leaves = dict(execution.outs)
+    declared = execution.declared
+    named = [*declared.metrics, *declared.plots, *(c.path for c in declared.curves), *declared.models.values()]
+    problems: list[str] = []
+    for path, digest in execution.outs.items():
+        if digest.endswith(".dir"):
+            wanted = any(one == path or one.startswith(f"{path}/") or path.startswith(f"{one}/") for one in named)
+            entries = files.entries(path, digest)
+            if entries is None:
+                if wanted and path not in declared.models.values():
+                    raise MissingBytes(path)
+            elif wanted or len(entries) <= SMALL_FILES:
+                leaves |= {f"{path}/{name}": value for name, value in entries.items()}
+    return leaves, problems
+
+
+def inside(path: str, folder: str) -> bool:
+    """Whether a path is the folder, or in it."""
+    return path == folder or path.startswith(f"{folder}/") or folder == "."
+
+
+def differences(one: Content, other: Content) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs: its name, and its value in either; None where it is not there."""
+    for part in ("params", "tags", "datasets", "metrics", "artifacts", "models"):
+        yield from _compare(part, getattr(one, part), getattr(other, part))
+    for column in sorted({*one.curves, *other.curves}):
+        yield from _compare(f"curve {column} at step", one.curves.get(column, {}), other.curves.get(column, {}))
+
+
+def _compare(part: str, ones: Mapping[Any, Any], others: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted({*ones, *others}):
+        a, b = ones.get(key), others.get(key)
+        same = a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+        if not same:
+            yield f"{part} {key}", a, b
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

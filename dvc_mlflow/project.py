@@ -1,0 +1,510 @@
+"""What DVC knows of a project, by its own index: stages, what they declare, what dvc.lock records, where bytes are."""
+
+import copy
+import hashlib
+import json
+import os
+import posixpath
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from dvc.dependency import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.fs import LocalFileSystem
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+from dvc_data.hashfile.build import build
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.tree import Tree
+from scmrepo.exceptions import SCMError
+
+from dvc_mlflow.execution import Curves, Declared, Execution, inside
+from dvc_mlflow.text import UserError, one_line
+
+HASHES = ("md5", "etag", "checksum", "version_id")
+
+
+class Unprovable(Exception):
+    """Of an execution that dvc.lock records it cannot be shown what came before it."""
+
+
+@dataclass(frozen=True)
+class Git:
+    """The commit, whether the files differ from it and how, and who works here."""
+
+    commit: str = ""
+    patch: bytes = b""
+    author: str = ""
+
+
+class Project:
+    """The DVC project that holds a folder; `root` is where records go: of a temporary experiment, the real one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it. Raises UserError if there is none."""
+        try:
+            self.repo = Repo(str(folder))
+        except (DvcException, SCMError) as error:
+            raise UserError(f"expected a DVC project in {folder}, found none: {one_line(error)}") from None
+        self.folder = Path(self.repo.root_dir)
+        self.root = Path(os.environ.get("DVC_ROOT", self.folder)).resolve()
+        self._scratch = tempfile.TemporaryDirectory(prefix="dvc-mlflow-")
+        self._locks: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, Mapping[str, str] | None] = {}
+
+    def at_this_revision(self) -> "Project":
+        """The project as it is in the commit that DVC looks at now (`repo.switch`)."""
+        there = copy.copy(self)
+        there.__dict__.pop("stages", None)
+        there._locks = {}
+        return there
+
+    # What dvc.yaml says
+
+    @cached_property
+    def stages(self) -> dict[str, PipelineStage]:
+        """The stages by address, each after those that it depends on. Raises UserError if a file of DVC is damaged."""
+        try:
+            graph = self.repo.index.graph
+        except (DvcException, SCMError, OSError, RecursionError) as error:
+            cause = error.__cause__
+            detail = f" ({one_line(cause, 200)})" if cause else ""
+            raise UserError(f"DVC cannot read the pipeline: {one_line(error)}{detail}; mend or restore it") from None
+        from networkx import topological_sort
+
+        ordered = [stage for stage in topological_sort(graph.reverse()) if isinstance(stage, PipelineStage)]
+        return {self.address(stage): stage for stage in ordered}
+
+    def address(self, stage: PipelineStage) -> str:
+        """The stage's address from the root of the project: `train@0`, or `sub/dvc.yaml:train`."""
+        path = posixpath.relpath(Path(stage.path).as_posix(), Path(self.repo.root_dir).as_posix())
+        return stage.name if path == "dvc.yaml" else f"{path}:{stage.name}"
+
+    def find_stage(self, name: str, folder: Path) -> str:
+        """The address of the stage that DVC runs as `name` (its DVC_STAGE) in `folder`. Raises UserError."""
+        path, _, bare = name.rpartition(":")
+        found = [
+            address
+            for address, stage in self.stages.items()
+            if stage.name == bare and Path(stage.wdir).resolve() == folder.resolve()
+        ]
+        if len(found) > 1:
+            found = [a for a in found if self.stages[a].path.endswith(path.lstrip("./") or "dvc.yaml")]
+        if len(found) != 1:
+            raise UserError(f"expected one stage {name} that runs in {folder}, found {len(found)}")
+        return found[0]
+
+    def path(self, stage: PipelineStage, text: str) -> str:
+        """A path or address as the stage has it, from the root of the project."""
+        if urlparse(text).scheme:
+            return text
+        root = Path(self.repo.root_dir).as_posix()
+        whole = posixpath.normpath(posixpath.join(Path(stage.wdir).as_posix(), text))
+        return posixpath.relpath(whole, root) if not posixpath.isabs(text) or inside(whole, root) else whole
+
+    def outs(self, stage: PipelineStage) -> list[str]:
+        """Paths of all outs, metrics and plots among them."""
+        return [self.path(stage, out.def_path) for out in stage.outs]
+
+    def declared(self, stage: PipelineStage, deps: list[str], outs: list[str]) -> Declared:
+        """What dvc.yaml says of these files of a stage."""
+        index = self.repo.index
+        metrics = [self.path(stage, out.def_path) for out in stage.outs if out.metric]
+        plots = [self.path(stage, out.def_path) for out in stage.outs if out.plot]
+        curves = []
+        for out in stage.outs:
+            for props in out.plot if isinstance(out.plot, list) else [out.plot]:
+                if isinstance(props, dict) and props.get("x"):
+                    columns = (props["y"],) if props.get("y") else ()
+                    curves.append(Curves(self.path(stage, out.def_path), props["x"], columns))
+        for folder, path in self._top_level(index._metrics):
+            metrics.append(_join(folder, path))
+        for folder, plot in self._top_level(index._plots):
+            for found, drawn in _plot_files(folder, plot):
+                plots.append(found)
+                curves += [drawn] if drawn else []
+        files = {*deps, *outs}
+
+        def own(path: str) -> bool:
+            return any(inside(path, out) for out in outs)
+
+        artifacts = {
+            self._artifact_name(dvcfile, name): (_join(self._folder(dvcfile), value["path"]), value)
+            for dvcfile, values in index._artifacts.items()
+            for name, value in values.items()
+        }
+        near = {
+            name: (path, value)
+            for name, (path, value) in artifacts.items()
+            if path in files or any(inside(path, one) for one in files)
+        }
+        models = {name: path for name, (path, value) in near.items() if value.get("type") == "model" and own(path)}
+        return Declared(
+            desc=stage.desc or "",
+            metrics=tuple(dict.fromkeys(path for path in metrics if own(path))),
+            plots=tuple(dict.fromkeys(path for path in plots if own(path))),
+            curves=tuple(dict.fromkeys(curve for curve in curves if own(curve.path))),
+            datasets={name: path for name, (path, value) in near.items() if value.get("type") == "dataset"},
+            models=models,
+            model_meta={name: artifacts[name][1].get("meta") or {} for name in models},
+            models_read={name: path for name, path in self.model_paths().items() if path in deps},
+            prefix=self._prefix(stage, deps),
+        )
+
+    def _top_level(self, declared: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for dvcfile, values in declared.items():
+            for value in values:
+                yield self._folder(dvcfile), value
+
+    def _folder(self, dvcfile: str) -> str:
+        return posixpath.relpath(posixpath.dirname(Path(dvcfile).as_posix()), Path(self.repo.root_dir).as_posix())
+
+    def _artifact_name(self, dvcfile: str, name: str) -> str:
+        folder = self._folder(dvcfile)
+        return name if folder == "." else f"{folder}:{name}"
+
+    def model_paths(self) -> dict[str, str]:
+        """The path of each artifact of type model, by its name."""
+        return {
+            self._artifact_name(dvcfile, name): _join(self._folder(dvcfile), value["path"])
+            for dvcfile, values in self.repo.index._artifacts.items()
+            for name, value in values.items()
+            if value.get("type") == "model"
+        }
+
+    def _prefix(self, stage: PipelineStage, deps: list[str]) -> str:
+        """What tells the stage's metrics from those of other stages that read the same model; "" if it is alone."""
+        read = [path for path in self.model_paths().values() if path in deps]
+        readers = {
+            address
+            for address, other in self.stages.items()
+            for dep in other.deps
+            if not isinstance(dep, ParamsDependency) and self.path(other, dep.def_path) in read
+        }
+        return self.address(stage) if len(readers) > 1 else ""
+
+    # What dvc.lock records, and what is about to run
+
+    def locked(self, address: str) -> Execution | None:
+        """The execution that dvc.lock records, with those before it; None if it records none.
+
+        Raises Unprovable if what it read was made by an execution that dvc.lock no longer has.
+        """
+        own = self._own(address)
+        return own and replace(own, upstream=self._upstream(own))
+
+    def locked_alone(self, address: str) -> Execution | None:
+        """The execution that dvc.lock records, without those before it."""
+        return self._own(address)
+
+    def _own(self, address: str) -> Execution | None:
+        stage = self.stages[address]
+        if stage.path not in self._locks:
+            self._locks[stage.path] = dict(stage.dvcfile._lockfile.load().get("stages") or {})
+        entry = self._locks[stage.path].get(stage.name)
+        return self._execution(address, entry) if entry else None
+
+    def _execution(self, address: str, entry: Mapping[str, Any]) -> Execution:
+        stage = self.stages[address]
+        hashes = {
+            kind: {self.path(stage, file["path"]): _digest(file) for file in entry.get(kind) or []}
+            for kind in ("deps", "outs")
+        }
+        params = {self.path(stage, path): _plain(values) for path, values in (entry.get("params") or {}).items()}
+        cmd = entry["cmd"]
+        declared = self.declared(stage, list(hashes["deps"]), list(hashes["outs"]))
+        return Execution(address, "\n".join(cmd) if isinstance(cmd, list) else cmd, params, **hashes, declared=declared)
+
+    def starting(self, address: str) -> Execution:
+        """The execution that begins now. Raises Unprovable, or DvcException if a dep is missing."""
+        stage = self.stages[address]
+        params, deps = {}, {}
+        for dep in stage.deps:
+            path = self.path(stage, dep.def_path)
+            if isinstance(dep, ParamsDependency):
+                params[path] = _plain(dep.read_params())
+            else:
+                deps[path] = dep.get_hash().value
+        cmd = stage.cmd
+        cmd = "\n".join(cmd) if isinstance(cmd, list) else cmd
+        own = Execution(address, cmd, params, deps, declared=self.declared(stage, list(deps), self.outs(stage)))
+        return replace(own, upstream=self._upstream(own))
+
+    def ended(self, execution: Execution) -> Execution:
+        """The execution with the hashes of its outs as they are now. Raises UserError if one is missing."""
+        outs = {}
+        stage = self.stages[execution.stage]
+        for out in stage.outs:
+            if not out.exists:
+                raise UserError(f"expected {out}, found nothing: the command ended without it")
+            outs[self.path(stage, out.def_path)] = out.get_hash().value
+        return replace(execution, outs=outs)
+
+    def add(self, execution: Execution) -> None:
+        """Take an execution as recorded, here alone: DVC writes dvc.lock when the command has ended."""
+        stage = self.stages[execution.stage]
+        self._locks[stage.path][stage.name] = {
+            "cmd": execution.cmd,
+            "params": {posixpath.relpath(p, self.path(stage, ".")): dict(v) for p, v in execution.params.items()},
+            **{
+                kind: [{"path": self._from_wdir(stage, p), "md5": digest} for p, digest in files.items()]
+                for kind, files in (("deps", execution.deps), ("outs", execution.outs))
+            },
+        }
+
+    def _from_wdir(self, stage: PipelineStage, path: str) -> str:
+        return (
+            path if urlparse(path).scheme or posixpath.isabs(path) else posixpath.relpath(path, self.path(stage, "."))
+        )
+
+    def _upstream(self, execution: Execution) -> tuple[Execution, ...]:
+        found: dict[str, Execution] = {}
+        for path, digest in execution.deps.items():
+            for address in self._makers(path):
+                own = self._own(address)
+                if own is None or not self.made(own, path, digest):
+                    raise Unprovable(f"dvc.lock does not say what made the {path} that it read")
+                for other in (*self._upstream(own), own):
+                    found.setdefault(other.stage, other)
+        return tuple(found.values())
+
+    def _makers(self, path: str) -> list[str]:
+        """The stages with an out that is this path, holds it, or lies in it."""
+        return [
+            address
+            for address, stage in self.stages.items()
+            if any(inside(path, out) or inside(out, path) for out in self.outs(stage))
+        ]
+
+    def made(self, execution: Execution, path: str, digest: str) -> bool:
+        """Whether the execution made the bytes with this hash at this path, or all of its part of them."""
+        for out, own in execution.outs.items():
+            if out == path:
+                return own == digest
+            if inside(path, out):
+                entries = self.entries(out, own)
+                name = posixpath.relpath(path, out)
+                return entries is not None and (entries.get(name) == digest or _tree_digest(entries, name) == digest)
+            if inside(out, path):
+                entries = self.entries(path, digest)
+                name = posixpath.relpath(out, path)
+                return entries is not None and own in (entries.get(name), _tree_digest(entries, name))
+        return False
+
+    def would_skip(self, address: str) -> bool:
+        """Whether DVC would not run the stage: command, params and deps are as dvc.lock says."""
+        execution = self._own(address)
+        if execution is None:
+            return False
+        stage = self.stages[address]
+        try:
+            current = self.starting(address)
+        except (DvcException, Unprovable, OSError):
+            return False
+        return not stage.always_changed and current.fingerprint == execution.fingerprint
+
+    # Where bytes are
+
+    def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
+        """A local copy of the file with this hash: in the workspace, the commit that is looked at, or DVC's cache."""
+        for file in self._copies(path, digest):
+            if (most is None or (file.exists() and file.stat().st_size <= most)) and matches(file, digest):
+                return file
+        return None
+
+    def _copies(self, path: str, digest: str) -> Iterator[Path]:
+        if not urlparse(path).scheme:
+            yield self.folder / path
+            if not isinstance(self.repo.fs, LocalFileSystem):
+                there = posixpath.join(self.repo.root_dir, path)
+                if self.repo.fs.isfile(there):
+                    blob = Path(self._scratch.name) / f"{digest}{posixpath.splitext(path)[1]}"
+                    blob.write_bytes(self.repo.fs.cat_file(there))
+                    yield blob
+        yield from self.cached(digest)
+
+    def cached(self, digest: str) -> list[Path]:
+        """Where DVC's local cache would have the object with this hash."""
+        return [Path(db.oid_to_path(digest)) for db in (self.repo.cache.local, self.repo.cache.legacy)]
+
+    def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
+        """The hashes of the files in a directory with this hash, by their path from it; None if not to be had."""
+        if digest not in self._entries:
+            self._entries[digest] = self._read_entries(path, digest)
+        return self._entries[digest]
+
+    def _read_entries(self, path: str, digest: str) -> Mapping[str, str] | None:
+        tree: Any = None
+        for db in (self.repo.cache.local, self.repo.cache.legacy):
+            if tree is None and Path(db.oid_to_path(digest)).exists():
+                try:
+                    tree = Tree.load(db, HashInfo("md5", digest))
+                    tree.digest()
+                except Exception:  # a damaged object, in more ways than DVC names
+                    tree = None
+                if tree is not None and tree.hash_info.value != digest:
+                    tree = None
+        if tree is None and (self.folder / path).is_dir():
+            tree = hash_path(self.folder / path, self.repo)
+            if tree.hash_info.value != digest:
+                tree = None
+        return None if tree is None else {"/".join(key): info.value for key, _, info in tree}
+
+    # Git
+
+    def git(self, written: list[str]) -> Git:
+        """The commit and the patch from it to the files as they are, less what DVC writes; empty without git."""
+        read = {"params.yaml"}
+        for stage in self.stages.values():
+            read |= {self.path(stage, dep.def_path) for dep in stage.deps if not urlparse(dep.def_path).scheme}
+            read.add(posixpath.relpath(Path(stage.path).as_posix(), self.folder.as_posix()))
+        exclude = [f":(exclude){path}" for path in written]
+        plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+        diff = ("diff", "--binary", "--relative", *plain)
+        try:
+            commit = self._git("rev-parse", "HEAD").decode().strip()
+            patch = self._git(*diff, "HEAD", "--", ".", *exclude)
+            existing = [path for path in sorted(read - {*written}) if (self.folder / path).exists()]
+            listed = self._git("ls-files", "--others", "--exclude-standard", "-z", "--", *existing) if existing else b""
+            for path in listed.split(b"\0")[:-1]:
+                name = os.fsdecode(path)
+                if not any(inside(name, out) for out in written):
+                    patch += self._git(*diff, "--no-index", "--", "/dev/null", name, accept=1)
+        except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+            return Git(author=self.author())
+        return Git(commit, patch, self.author())
+
+    def author(self) -> str:
+        """Git's author here, as `Name <address>`; "" if git knows none."""
+        try:
+            return self._git("var", "GIT_AUTHOR_IDENT").decode().rpartition(">")[0] + ">"
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    def written(self) -> list[str]:
+        """The files that DVC writes: locks and outs."""
+        locks = {posixpath.splitext(Path(stage.path).as_posix())[0] + ".lock" for stage in self.stages.values()}
+        outs = [out for stage in self.stages.values() for out in self.outs(stage)]
+        root = self.folder.as_posix()
+        return [*sorted(posixpath.relpath(lock, root) for lock in locks), *outs]
+
+    def committed_params(self, execution: Execution) -> Execution | None:
+        """The execution with its params as they are in the last commit; None without git or commit."""
+        from dvc.utils.serialize import PARSERS
+
+        params = {}
+        for path, values in execution.params.items():
+            try:
+                text = self._git("show", f"HEAD:./{path}").decode()
+                content = PARSERS[posixpath.splitext(path)[1] or ".yaml"](text, path)
+            except Exception:  # no git, no commit, no such file then, or one that cannot be read
+                return None
+            params[path] = {key: lookup(content, key) for key in values}
+        return replace(execution, params=_plain(params))
+
+    def _git(self, *arguments: str, accept: int = 0) -> bytes:
+        command = ["git", "-C", str(self.folder), *arguments]
+        result = subprocess.run(command, capture_output=True)
+        if result.returncode not in (0, accept):
+            raise subprocess.CalledProcessError(result.returncode, command)
+        return result.stdout
+
+
+class Owners:
+    """Which executions are an experiment's own: those that its baseline does not have, or all if it has them all."""
+
+    def __init__(self, project: Project, experiment: str | None, baseline: str | None = None) -> None:
+        self.experiment = experiment
+        self._baseline: set[str] = set()
+        rev = baseline or os.environ.get("DVC_EXP_BASELINE_REV")
+        if experiment and rev:
+            with project.repo.switch(rev):
+                there = project.at_this_revision()
+                found = (there.locked_alone(address) for address in there.stages)
+                self._baseline = {execution.id for execution in found if execution}
+
+    def of(self, execution: Execution) -> str | None:
+        """The experiment's name if the execution is its own."""
+        return None if execution.id in self._baseline else self.experiment
+
+
+def lookup(values: Any, key: str) -> Any:
+    """The value of a key that DVC tracks, such as `train.lr`; None if there is none."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def matches(path: Path, digest: str) -> bool:
+    """Whether a file has this MD5, as DVC computes it: of old projects, with Unix's line ends."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "md5").hexdigest() == digest:
+            return True
+    return path.stat().st_size < 2**25 and hashlib.md5(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest() == digest
+
+
+def hash_path(path: Path, repo: Repo) -> Any:
+    """DVC's object of a file or directory, from its bytes: DVC itself trusts the time of the last change."""
+    from dvc_data.hashfile.db import HashFileDB
+
+    fs = LocalFileSystem()
+    database = HashFileDB(fs, str(path.parent))
+    return build(database, str(path), fs, "md5", dry_run=True, ignore=repo.dvcignore)[2]
+
+
+def _tree_digest(entries: Mapping[str, str], name: str) -> str:
+    """The hash of a directory in a directory."""
+    part = [
+        {"md5": digest, "relpath": posixpath.relpath(path, name)}
+        for path, digest in entries.items()
+        if inside(path, name)
+    ]
+    if not part:
+        return ""
+    tree = Tree.from_list(part, hash_name="md5")
+    tree.digest()
+    return tree.hash_info.value
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    """The hash of a dep or out in dvc.lock, whichever kind it is."""
+    for key in HASHES:
+        if entry.get(key):
+            return str(entry[key])
+    rest = {key: value for key, value in entry.items() if key != "path"}
+    return hashlib.md5(json.dumps(rest, sort_keys=True, default=str).encode()).hexdigest() if rest else ""
+
+
+def _plain(values: Any) -> Any:
+    return json.loads(json.dumps(values, default=str))
+
+
+def _join(folder: str, path: str) -> str:
+    return posixpath.normpath(posixpath.join(folder, path))
+
+
+def _plot_files(folder: str, plot: Any) -> Iterator[tuple[str, Curves | None]]:
+    """The files of a plot at dvc.yaml's top level, each with its curves if it has an x."""
+    if isinstance(plot, str):
+        yield _join(folder, plot), None
+        return
+    ((name, props),) = plot.items()
+    props = props or {}
+    x, y = props.get("x"), props.get("y")
+    if not isinstance(y, dict):  # the name is the file's
+        columns = tuple([y] if isinstance(y, str) else y or ())
+        path = _join(folder, name)
+        yield path, Curves(path, x, columns) if isinstance(x, str) else None
+        return
+    for file, named in y.items():
+        column = x.get(file) if isinstance(x, dict) else x
+        path = _join(folder, file)
+        yield path, Curves(path, column, tuple([named] if isinstance(named, str) else named)) if column else None

@@ -1,0 +1,212 @@
+"""The process that writes the run of a command that is at work; dvc_mlflow/launcher.py starts it.
+
+Reads events from standard input, a JSON object a line: the start, the status that the command ended with, and that the
+launcher has seen it succeed. Answers on standard output: `ready` when there is a run, `complete` when all is in it,
+`closed` when it has ended. If the events end early, the launcher was killed, and so is the run. If the store fails, says
+so in one line and exits with 1.
+"""
+
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# What is imported stays. To look through it for garbage, again and again, would take a third of the time.
+gc.disable()
+from dvc_mlflow.execution import Curves, Execution, MissingBytes, read_curves
+from dvc_mlflow.project import Git, Owners, Project, Unprovable
+from dvc_mlflow.store import Conflict, Store, describe, quiet
+from dvc_mlflow.text import UserError, valid_name
+
+gc.enable()
+gc.freeze()
+
+POLL_SECONDS = 0.5  # between two looks at a file of curves
+
+
+class Events:
+    """The lines of standard input, as they come."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def next(self, seconds: float | None) -> dict[str, Any] | None:
+        """The next event; {} if none comes in time, None when they have ended."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            rest = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if not select.select([0], [], [], rest)[0]:
+                return {}
+            data = os.read(0, 65536)
+            if not data:
+                return None
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+
+class LiveCurves:
+    """The points of the declared files, logged as the files grow."""
+
+    def __init__(self, store: Store, run_id: str, execution: Execution, resumed: bool) -> None:
+        self._store, self._run_id = store, run_id
+        self._curves = execution.declared.curves
+        self._seen: dict[Curves, tuple[int, int]] = {}
+        run = store.client.get_run(run_id)
+        self.logged = store.points(run, [*run.data.metrics]) if resumed else {}
+
+    def look(self) -> None:
+        """Log the points that are new since the last look."""
+        for plot in self._curves:
+            path = self._store.project.folder / plot.path
+            try:
+                status = path.stat()
+                stamp = (status.st_mtime_ns, status.st_size)
+                if self._seen.get(plot) == stamp or not path.is_file():
+                    continue
+                found, _ = read_curves(plot, path.read_bytes())
+            except OSError:  # it is not there yet
+                continue
+            self._seen[plot] = stamp
+            new = []
+            for column, points in found.items():
+                logged = self.logged.setdefault(valid_name(column), {})
+                new += [(valid_name(column), value, step) for step, value in points.items() if step not in logged]
+                logged |= {step: value for step, value in points.items() if step not in logged}
+            if new:
+                self._store.log_points(self._run_id, new, int(time.time() * 1000))
+
+
+def record(events: Events) -> None:
+    """Do what the events say, up to the end of the run."""
+    start = events.next(None)
+    if not start:
+        return
+    project = Project(Path.cwd())
+    address = project.find_stage(start["stage"], Path.cwd())
+    commands = project.stages[address].cmd
+    if isinstance(commands, list) and not _is_last(commands, start["command"]):
+        say("ready complete closed")  # the last command of the list makes the record
+        return
+    store = Store(project)
+    experiment = os.environ.get("DVC_EXP_NAME")
+    owners = Owners(project, experiment)
+    for run in store.dead():
+        store.close(run)
+    execution = project.starting(address)
+    for other in execution.upstream:
+        locked = project.locked(other.stage)
+        if locked and not store.find(locked, owners.of(locked)):
+            store.record(locked, owners.of(locked))
+    git, pid = project.git(project.written()), start["pid"]
+    run_id, resumed = store.begin(execution, experiment, pid, start["time"], git, live=True)
+    curves = LiveCurves(store, run_id, execution, resumed)
+    say("ready")
+    status: str | None = None
+    while status is None:
+        event = events.next(POLL_SECONDS)
+        if event is None:
+            status = "KILLED"
+        elif event:
+            status = event["status"]
+        else:
+            curves.look()
+    if status != "FINISHED":
+        curves.look()
+        return end(store, run_id, status, pid)
+    try:
+        execution = project.ended(execution)
+    except UserError as error:
+        warn(str(error))
+        say("complete")
+        return end(store, run_id, "FAILED", pid)
+    try:
+        problems = store.complete(run_id, execution, curves.logged)
+    except Conflict as error:  # the run holds steps that these files do not: of an earlier attempt, or rewritten since
+        end(store, run_id, "KILLED", pid, tell=False)
+        run_id = begin_again(store, execution, experiment, pid, start["time"], git)
+        problems = store.complete(run_id, execution, {})
+        warn(f"the former points of {error} are not those of this run; it has a row of its own")
+    for problem in problems:
+        warn(problem)
+    say("complete")
+    if not events.next(None):  # the launcher was killed: DVC has not seen the command succeed, and runs it again
+        return end(store, run_id, "KILLED", pid)
+    run_id = store.publish(run_id, execution, experiment)
+    store.show_on_parent(run_id, execution)
+    project.add(execution)
+    for other in project.stages:
+        if execution.declared.models and project.would_skip(other):  # DVC will not run it: this is its record
+            try:
+                locked = project.locked(other)
+                if locked and locked.maker_of_model() and execution.stage in [one.stage for one in locked.upstream]:
+                    store.record(locked, experiment)
+            except (Unprovable, MissingBytes):
+                pass  # sync says so
+    say("closed")
+
+
+def begin_again(store: Store, execution: Execution, experiment: str | None, pid: int, start_time: int, git: Git) -> str:
+    """A run beside the one that is given up, which must not be found as one to continue."""
+    run_id, resumed = store.begin(execution, experiment, pid, start_time, git, live=False)
+    assert not resumed
+    store.client.delete_tag(run_id, "restored")
+    return run_id
+
+
+def end(store: Store, run_id: str, status: str, pid: int, tell: bool = True) -> None:
+    """End the run, unless a later process continues it."""
+    if store.client.get_run(run_id).data.tags["process.pid"] == str(pid):
+        store.terminate(run_id, status)
+    if tell:
+        say("closed")
+
+
+def _is_last(commands: list[str], command: list[str]) -> bool:
+    """Whether this is the last of a list of commands, or may be."""
+    import shlex
+
+    def has(line: str) -> bool:
+        try:
+            words = shlex.split(line)
+        except ValueError:
+            return False
+        size = len(command)
+        return any(words[place : place + size] == command for place in range(len(words) - size + 1))
+
+    return has(commands[-1]) or not any(has(line) for line in commands)
+
+
+def say(words: str) -> None:
+    """Tell the launcher, which may be dead by now."""
+    try:
+        os.write(1, f"{words}\n".encode())
+    except BrokenPipeError:
+        pass
+
+
+def warn(line: str) -> None:
+    """Tell the user one line, and go on."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Record, and end in one line whatever happens."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when the command does
+        signal.signal(number, signal.SIG_IGN)
+    quiet()
+    try:
+        record(Events())
+    except Exception as error:  # whatever it is, the user should be told in one line
+        warn(f"{describe(error)}; `dvc-mlflow sync` records this when it can")
+        os._exit(1)
+    os._exit(0)  # Python would take 0.1 s to take MLflow apart
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,773 @@
+"""The MLflow store: runs that show executions. It decides who was first to record one; a file lock could not."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+# Before MLflow is imported. A store that does not answer is abandoned after some 8 s: `dvc-mlflow sync` makes up for it.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # whatever the environment says
+os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the run that is meant
+
+import mlflow
+import mlflow.pyfunc
+import mlflow.store.tracking.sqlalchemy_store  # MLflow would import it later, when a stage waits for it
+import psutil
+from filelock import FileLock
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema
+
+from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, named_params, start_of
+from dvc_mlflow.project import Git, Project, Unprovable, matches
+from dvc_mlflow.text import UserError, one_line, valid_name, valid_value, without_credentials
+
+# Where MLflow's database has artifact locations: table and column
+ARTIFACT_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+PATCH = "code.patch"  # the artifact of a run of a dirty tree
+EXECUTION = "execution.json"  # the artifact that has the execution itself
+CLAIM_SECONDS = 30  # how long a run that claims an execution is waited for
+HOST = socket.gethostname()
+
+
+class Conflict(Exception):
+    """A run holds what this execution did not make: a step of an earlier attempt."""
+
+
+class Store:
+    """The store that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME name, else mlflow.db in the project."""
+
+    def __init__(self, project: Project) -> None:
+        """Open it, and make what is missing. Raises MlflowException or another error of the store."""
+        self.project, root = project, project.root
+        embedded = "MLFLOW_TRACKING_URI" not in os.environ
+        if embedded:
+            mlflow.set_tracking_uri(sqlite_address(root / "mlflow.db"))
+        uri = mlflow.get_tracking_uri()
+        named = re.match("sqlite:///(?!file:)([^?]+)", uri)
+        database = root / "mlflow.db" if embedded else root / named[1] if named else None
+        if named and not Path(named[1]).is_absolute():  # the current folder may be deleted: an experiment's
+            mlflow.set_tracking_uri(f"sqlite:///{database}{uri[named.end() :]}")
+        lock = Path(f"{database}.lock") if database else root / ".dvc" / "tmp" / "dvc-mlflow.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        # Of this host alone: processes that make one SQLite file break each other's migrations, and two that
+        # continue one killed run would mix.
+        self.lock = FileLock(lock, timeout=60)
+        with self.lock:
+            if database and not database.exists():
+                create_database(database)
+        self.client = mlflow.MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment_name(project)
+        artifacts = (root / "mlartifacts").as_uri()
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            # A server knows where its artifacts go; a database would put them into the current folder.
+            self.experiment_id = self._create_experiment(name, None if uri.startswith("http") else artifacts)
+        else:
+            self.experiment_id = experiment.experiment_id
+            if embedded and re.fullmatch("file://.*/mlartifacts", experiment.artifact_location):
+                move_artifacts(root / "mlflow.db", experiment.artifact_location, artifacts)
+        mlflow.set_experiment(experiment_id=self.experiment_id)
+
+    def _create_experiment(self, name: str, artifacts: str | None) -> str:
+        note = "What DVC ran: each execution of a stage is a run. `dvc-mlflow sync` adds what is missing."
+        try:
+            return self.client.create_experiment(name, artifacts, {"mlflow.note.content": note})
+        except MlflowException:
+            experiment = self.client.get_experiment_by_name(name)  # another process was first
+            if experiment is None:
+                raise
+            return experiment.experiment_id
+
+    # Finding runs
+
+    def search(self, tags: Mapping[str, str], status: str = "") -> list[Run]:
+        """All runs with these tags, and this status if one is named; the oldest first."""
+        conditions = [f"tags.`{key}` = '{_quoted(value)}'" for key, value in tags.items()]
+        conditions += [f"attributes.status = '{status}'"] if status else []
+        runs: list[Run] = []
+        token: str | None = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], " and ".join(conditions), max_results=1000, page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def find(self, execution: Execution, experiment: str | None = None) -> Run | None:
+        """The finished run of this execution; of a DVC experiment, the one of that experiment."""
+        runs = self.search({"dvc.execution": execution.id}, "FINISHED")
+        if experiment:
+            runs = [run for run in runs if run.data.tags.get("dvc.exp_name") == experiment]
+        runs.sort(key=lambda run: "dvc.exp_name" in run.data.tags)
+        if (maker := execution.maker_of_model()) and (parent := self.find(maker, experiment) or self.find(maker)):
+            runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        return runs[0] if runs else None
+
+    def parent(self, execution: Execution, experiment: str | None = None) -> Run | None:
+        """The run that made the model that the execution reads; None if it reads none.
+
+        Raises Unprovable if MLflow has no such run.
+        """
+        maker = execution.maker_of_model()
+        if maker is None:
+            return None
+        found = self.find(maker, experiment) or self.find(maker)
+        if found is None:
+            raise Unprovable(f"MLflow has no run of {maker.stage}, which made the model that it read")
+        return found
+
+    def unfinished(self, execution: Execution) -> Run | None:
+        """The newest run of this execution, here and in this environment, that was killed or lost."""
+        tags = {"stage": execution.stage, "dvc.fingerprint": execution.fingerprint, "process.host": HOST}
+        runs = self.search(tags, "KILLED") + [run for run in self.search(tags, "RUNNING") if not is_alive(run)]
+        params, here = start_of(execution, self.project).params, environment_tags()
+        runs = [
+            run for run in runs if run.data.params.items() <= params.items() and here.items() <= run.data.tags.items()
+        ]
+        return max(runs, key=lambda run: run.info.start_time, default=None)
+
+    # Writing runs
+
+    def begin(
+        self, execution: Execution, experiment: str | None, pid: int, start_time: int, git: Git, live: bool
+    ) -> tuple[str, bool]:
+        """Create the run of an execution, or continue a killed one; return its id, and whether it is continued.
+
+        `pid` is the process that owns the run: if that is gone, the run is dead. `start_time` in milliseconds.
+        """
+        parent = self.parent(execution, experiment)
+        start = start_of(execution, self.project)
+        tags = {key: value for key, value in start.tags.items() if key != "dvc.execution"}
+        tags |= process_tags(pid) | (environment_tags() if live else {"restored": "true"})
+        changes = changed_params(self.project, execution)
+        tags |= {
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.name": valid_value(execution.stage),
+            "mlflow.user": psutil.Process().username(),
+            "mlflow.note.content": valid_value(note(execution, changes)),
+        }
+        if git.author:
+            tags["git.author"] = git.author
+        if git.commit:
+            tags |= {"mlflow.source.git.commit": git.commit, "git.dirty": "true" if git.patch else "false"}
+        if experiment:
+            tags["dvc.exp_name"] = experiment
+        if baseline := os.environ.get("DVC_EXP_BASELINE_REV"):
+            tags["dvc.exp_baseline_rev"] = baseline
+        if parent:
+            tags["mlflow.parentRunId"] = parent.info.run_id
+        what = [*([experiment] if experiment else []), *changes[:3], *(["…"] if len(changes) > 3 else [])]
+        name = one_line(" ".join([execution.stage, *(what or [execution.fingerprint[:8]])]), 250)
+        first = dict(list(tags.items())[:90])  # a run is created with its tags, but not with any number of them
+        with self.lock:
+            former = self.unfinished(execution) if live else None
+            if former:
+                run_id = former.info.run_id
+                self.client.update_run(run_id, "RUNNING", name)
+                tags["resumed"] = "true"
+            else:
+                first |= process_tags(pid) | {"stage": tags["stage"], "dvc.fingerprint": tags["dvc.fingerprint"]}
+                run_id = self.client.create_run(self.experiment_id, start_time, first, name).info.run_id
+            self._log_tags(run_id, tags)
+        self._log_params(run_id, start.params)
+        self._log_datasets(run_id, execution, start)
+        if git.patch:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / PATCH).write_bytes(git.patch)
+                self.client.log_artifact(run_id, f"{folder}/{PATCH}")
+        return run_id, bool(former)
+
+    def _log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        for batch in _batches([RunTag(valid_name(key), valid_value(value)) for key, value in tags.items()], 100):
+            self.client.log_batch(run_id, tags=batch)
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        for batch in _batches([Param(key, value) for key, value in params.items()], 100):
+            self.client.log_batch(run_id, params=batch)
+
+    def _log_datasets(self, run_id: str, execution: Execution, content: Content) -> None:
+        paths = {valid_name(name): path for name, path in execution.declared.datasets.items()}
+        context = [InputTag("mlflow.data.context", one_line(execution.stage, 250))]
+        inputs = [
+            DatasetInput(Dataset(name, digest, "local", json.dumps({"uri": paths[name]})), context)
+            for name, digest in content.datasets.items()
+        ]
+        for number in range(5):  # two hosts that name a new data set at once: one of them is refused
+            try:
+                if inputs:
+                    self.client.log_inputs(run_id, inputs)
+                return
+            except MlflowException:
+                if number == 4:
+                    raise
+                time.sleep(0.1 * 2**number)
+
+    def log_points(self, run_id: str, points: Iterable[tuple[str, float, int]], timestamp: int) -> None:
+        """Log metrics: name, value and step of each; the time is in milliseconds since 1970."""
+        for batch in _batches([Metric(name, value, timestamp, step) for name, value, step in points], 1000):
+            self.client.log_batch(run_id, batch)
+
+    def complete(
+        self, run_id: str, execution: Execution, logged: Mapping[str, Mapping[int, float]] | None = None
+    ) -> tuple[str, ...]:
+        """Add what the run lacks of the content; `logged` are the points that it has. Returns what cannot be shown.
+
+        Raises MissingBytes if bytes cannot be had, and Conflict if the run has points that the files do not have.
+        """
+        content = content_of(execution, self.project)
+        run = self.client.get_run(run_id)
+        if logged is None:
+            logged = self.points(run, content.curves)
+        for column, points in logged.items():
+            if any(not _same(content.curves.get(column, {}).get(step), value) for step, value in points.items()):
+                raise Conflict(column)
+        missing = [
+            (column, value, step)
+            for column, points in content.curves.items()
+            for step, value in points.items()
+            if step not in logged.get(column, {})
+        ]
+        now = run.info.start_time if "restored" in run.data.tags else int(time.time() * 1000)
+        self.log_points(run_id, missing, now)
+        self._log_params(run_id, {k: v for k, v in content.params.items() if k not in run.data.params})
+        self._log_datasets(run_id, execution, content)
+        self._log_files(run_id, execution, content)
+        model_id = self._log_models(run_id, execution, content)
+        self._log_metrics(run, execution, content, model_id, now)
+        self._log_tags(run_id, {k: v for k, v in content.tags.items() if k != "dvc.execution"})
+        return content.problems
+
+    def points(self, run: Run, columns: Iterable[str]) -> dict[str, dict[int, float]]:
+        """The points of these curves that the run has; the last one of each step."""
+        return {
+            column: {point.step: point.value for point in self.client.get_metric_history(run.info.run_id, column)}
+            for column in columns
+            if column in run.data.metrics
+        }
+
+    def _log_files(self, run_id: str, execution: Execution, content: Content) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for path, digest in content.artifacts.items():
+                copy = Path(folder) / re.sub(r"(^|/)\.\.(?=/)", r"\1_", path.lstrip("/"))
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                found = self.project.find(path, digest)
+                if found is None:
+                    raise MissingBytes(path)
+                shutil.copyfile(found, copy)
+            kept = {
+                path: self.project.entries(path, digest)
+                for path, digest in {**execution.deps, **execution.outs}.items()
+                if digest.endswith(".dir")
+            }
+            execution = replace(execution, entries={p: e for p, e in kept.items() if e is not None and len(e) <= 1000})
+            (Path(folder) / EXECUTION).write_text(execution.to_json(), encoding="utf-8")
+            self.client.log_artifacts(run_id, folder)
+
+    def _log_metrics(
+        self, run: Run, execution: Execution, content: Content, model_id: str | None, timestamp: int
+    ) -> None:
+        links: dict[str, Any] = {}
+        if model_id is None and (parent_id := run.data.tags.get("mlflow.parentRunId")):
+            model_id = self.model_id(self.client.get_run(parent_id))
+        if model_id:
+            links["model_id"] = model_id
+        if len(content.datasets) == 1:
+            ((links["dataset_name"], links["dataset_digest"]),) = content.datasets.items()
+        new = {key: value for key, value in content.metrics.items() if not _same(run.data.metrics.get(key), value)}
+        for batch in _batches([Metric(key, value, timestamp, 0, **links) for key, value in new.items()], 1000):
+            self.client.log_batch(run.info.run_id, batch)
+
+    def _log_models(self, run_id: str, execution: Execution, content: Content) -> str | None:
+        """Log the models that the execution made; return the id of the last one."""
+        model_id = None
+        for name, digest in content.models.items():
+            path, meta = execution.declared.models[name], execution.declared.model_meta.get(name, {})
+            tags = {f"dvc.outs.{path}": digest, "mlflow.source.name": execution.stage}
+            existing = self.models_of(run_id, path)
+            ready = [model for model in existing if model.status == LoggedModelStatus.READY]
+            for model in existing:
+                if model not in ready:  # it was cut off
+                    self.client.delete_logged_model(model.model_id)
+            if ready:
+                model_id = ready[-1].model_id
+            elif meta.get("python_model"):
+                model_id = self._log_served_model(run_id, name, path, digest, meta, tags)
+            else:  # the hash alone: DVC has the bytes
+                model = self.client.create_logged_model(
+                    self.experiment_id, name=valid_model_name(name, digest), source_run_id=run_id, tags=tags
+                )
+                self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+                self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+                model_id = model.model_id
+        return model_id
+
+    def _log_served_model(
+        self, run_id: str, name: str, path: str, digest: str, meta: Mapping[str, Any], tags: dict[str, str]
+    ) -> str:
+        """Log a model with the code that `meta` names, by the names of MLflow's log_model: no pickle."""
+        found, folder = self.project.find(path, digest), self.project.folder
+        if found is None:
+            raise MissingBytes(path)
+        signature = meta.get("signature")
+        # MLflow takes no link that leads out of its folder; with cache.type symlink, the file is one into DVC's cache.
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(shutil.copyfile(found, Path(scratch) / Path(path).name))
+            # mlflow.pyfunc.log_model would do, but for an active run: MLflow calls it FINISHED whenever Python exits.
+            info = Model.log(
+                artifact_path=None,
+                flavor=SimpleNamespace(save_model=_save_model),
+                run_id=run_id,
+                name=valid_model_name(name, digest),
+                python_model=str(folder / meta["python_model"]),
+                artifacts={"model": copy.as_uri()},  # MLflow unquotes a path
+                code_paths=[str(folder / code) for code in meta.get("code_paths", [])] or None,
+                signature=signature
+                and ModelSignature(
+                    *(
+                        Schema.from_json(json.dumps(signature[side])) if signature.get(side) else None
+                        for side in ("inputs", "outputs")
+                    )
+                ),
+                validate_serving_input=False,
+                pip_requirements=[_pinned(package) for package in meta.get("pip_requirements", ["mlflow"])],
+                tags=tags,
+            )
+        return info.model_id
+
+    def models_of(self, run_id: str, path: str) -> list[Any]:
+        """The run's logged models of a path."""
+        found = self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'")
+        return [model for model in found if f"dvc.outs.{path}" in model.tags]
+
+    def model_id(self, run: Run) -> str | None:
+        """The id of the run's model; None if it has none."""
+        return run.outputs.model_outputs[-1].model_id if run.outputs and run.outputs.model_outputs else None
+
+    def publish(self, run_id: str, execution: Execution, experiment: str | None) -> str:
+        """End a complete run as FINISHED, or give it up for one of the same execution; return the id that stays.
+
+        Each first says which execution it claims, then looks, and of those that look at once the one with the least
+        id stays. So no two can both stay, whatever the hosts, without a lock that all of them would have to reach.
+        """
+        self.client.set_tag(run_id, "dvc.execution", execution.id)
+        own = self.client.get_run(run_id)
+        deadline = time.monotonic() + CLAIM_SECONDS
+        ended = False
+        while True:
+            rivals = [run for run in self.search({"dvc.execution": execution.id}) if self._rivals(own, run, experiment)]
+            finished = [run for run in rivals if run.info.status == "FINISHED"]
+            claiming = [
+                run for run in rivals if run.info.status == "RUNNING" and run.info.run_id < run_id and is_alive(run)
+            ]
+            if ended:
+                finished = [run for run in finished if run.info.run_id < run_id]
+            if finished:
+                self.discard(run_id)
+                return finished[0].info.run_id
+            if claiming and time.monotonic() < deadline:
+                time.sleep(0.05)
+            elif not ended:
+                self.terminate(run_id, "FINISHED")
+                ended = True
+            else:
+                return run_id
+
+    def _rivals(self, own: Run, other: Run, experiment: str | None) -> bool:
+        """Whether another run shows the same execution in the same place."""
+        if own.info.run_id == other.info.run_id:
+            return False
+        if own.data.tags.get("mlflow.parentRunId") != other.data.tags.get("mlflow.parentRunId"):
+            return False
+        named = other.data.tags.get("dvc.exp_name")
+        return named == experiment or (experiment is None and other.info.status == "FINISHED")
+
+    def show_on_parent(self, run_id: str, execution: Execution) -> None:
+        """Put the metrics of a run that read a model on the run that made it; what is there already stays."""
+        run = self.client.get_run(run_id)
+        parent_id = run.data.tags.get("mlflow.parentRunId")
+        if not parent_id:
+            return
+        parent = self.client.get_run(parent_id)
+        metrics = parent_metrics(execution, content_of(execution, self.project), self.own_metrics(parent))
+        if not all(_same(parent.data.metrics.get(key), value) for key, value in metrics.items()):
+            self.log_points(parent_id, [(key, value, 0) for key, value in metrics.items()], run.info.end_time)
+
+    def own_metrics(self, run: Run) -> set[str]:
+        """The names of the metrics that are of the run itself, and not of those that read its model."""
+        children = self.search({"mlflow.parentRunId": run.info.run_id}, "FINISHED")
+        theirs = {key for child in children for key in child.data.metrics}
+        theirs |= {valid_name(f"{child.data.tags['stage']}.{key}") for child in children for key in child.data.metrics}
+        execution = self.execution_of(run)
+        try:
+            content = content_of(execution, self.project) if execution else None
+        except MissingBytes:
+            content = None
+        return {*content.metrics, *content.curves} if content else set(run.data.metrics) - theirs
+
+    def record(self, execution: Execution, experiment: str | None = None) -> tuple[str, bool]:
+        """Make the run of an execution that has ended, if it is missing; return its id, and whether it was made.
+
+        Raises MissingBytes or Unprovable if it cannot be made.
+        """
+        if found := self.find(execution, experiment):
+            self.show_on_parent(found.info.run_id, execution)
+            return found.info.run_id, False
+        content_of(execution, self.project)  # before there is a run: raises MissingBytes
+        git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
+        git = git if git.commit else Git(author=self.project.author())
+        former = self.unfinished(execution) if not experiment else None
+        if former:
+            run_id = former.info.run_id
+            try:
+                self.complete(run_id, execution)
+                self.client.set_tag(run_id, "restored", "true")
+                return self._finish(run_id, execution, experiment), True
+            except Conflict:  # it was of an attempt that made other numbers
+                self.terminate(run_id, "KILLED")
+        run_id, _ = self.begin(execution, experiment, os.getpid(), int(time.time() * 1000), git, live=False)
+        try:
+            self.complete(run_id, execution, {})
+            return self._finish(run_id, execution, experiment), True
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.discard(run_id)
+            raise
+
+    def _finish(self, run_id: str, execution: Execution, experiment: str | None) -> str:
+        run_id = self.publish(run_id, execution, experiment)
+        self.show_on_parent(run_id, execution)
+        return run_id
+
+    def _is_of_this_tree(self, execution: Execution) -> bool:
+        """Whether the stage, and those before it, would run now as they ran."""
+        return all(self.project.would_skip(one.stage) for one in (*execution.upstream, execution))
+
+    def terminate(self, run_id: str, status: str) -> None:
+        """End a run now or, if the clock was set back to before its start, at its start."""
+        start_time = self.client.get_run(run_id).info.start_time
+        self.client.set_terminated(run_id, status, max(start_time, int(time.time() * 1000)))
+
+    def discard(self, run_id: str) -> None:
+        """Remove a run that stands for nothing that another does not show, and its models."""
+        for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'"):
+            self.client.delete_logged_model(model.model_id)
+        self.terminate(run_id, "KILLED")
+        self.client.delete_run(run_id)
+
+    # Reading runs
+
+    def execution_of(self, run: Run) -> Execution | None:
+        """The execution that the run keeps; None if it has none that can be read."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = self.client.download_artifacts(run.info.run_id, EXECUTION, folder)
+                return Execution.from_json(Path(path).read_text(encoding="utf-8"))
+            except (MlflowException, OSError, ValueError, TypeError, KeyError):
+                return None
+
+    def read(self, run: Run, expected: Content) -> Content:
+        """The content that a run has, of the kinds that are expected of it."""
+        tags = run.data.tags
+        kept = {key: value for key, value in tags.items() if key in expected.tags or _is_hash(key)}
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        models = {}
+        for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run.info.run_id}'"):
+            for key, value in model.tags.items():
+                if key.startswith("dvc.outs.") and model.status == LoggedModelStatus.READY:
+                    models[key.removeprefix("dvc.outs.")] = self._model_digest(model, key, value)
+        return Content(
+            params=run.data.params,
+            tags=kept,
+            datasets={entry.dataset.name: entry.dataset.digest for entry in inputs},
+            metrics={k: v for k, v in run.data.metrics.items() if k not in expected.curves},
+            curves=self.points(run, {*expected.curves}),
+            artifacts=self._artifact_digests(run, expected),
+            models=models,
+        )
+
+    def _model_digest(self, model: Any, key: str, digest: str) -> str:
+        """The hash of the model that MLflow has, if it has its bytes, else the one that it names."""
+        name = Path(key.removeprefix("dvc.outs.")).name
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=folder)
+            except (MlflowException, OSError):
+                return digest
+            found = list(Path(folder).rglob(f"artifacts/{name}"))
+            return digest if not found or matches(found[0], digest) else "other bytes"
+
+    def _artifact_digests(self, run: Run, expected: Content) -> dict[str, str]:
+        if not expected.artifacts:
+            return {}
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            self.client.download_artifacts(run.info.run_id, "", folder)
+            for path, digest in expected.artifacts.items():
+                file = Path(folder) / path
+                if file.exists():
+                    found[path] = digest if matches(file, digest) else "other bytes"
+        return found
+
+    def files_of(self, run: Run) -> "RunFiles":
+        """The outs that the run has as artifacts."""
+        return RunFiles(self, run)
+
+    @contextlib.contextmanager
+    def looking_at(self, project: Project) -> Iterator[None]:
+        """Record another revision of the project in this context."""
+        before, self.project = self.project, project
+        try:
+            yield
+        finally:
+            self.project = before
+
+    # Runs that were left
+
+    def dead(self) -> list[Run]:
+        """The runs that are RUNNING for processes of this host that are gone."""
+        return [run for run in self.search({"process.host": HOST}, "RUNNING") if not is_alive(run)]
+
+    def stale(self, hours: float) -> list[Run]:
+        """The runs of other hosts that have been RUNNING for so many hours."""
+        before = (time.time() - hours * 3600) * 1000
+        runs = [run for run in self.search({}, "RUNNING") if "process.host" in run.data.tags]
+        return [run for run in runs if run.data.tags["process.host"] != HOST and run.info.start_time < before]
+
+    def close(self, run: Run) -> None:
+        """End a run that was left: as KILLED, or remove it if it only restored what another can restore."""
+        if run.data.tags.get("restored") == "true":
+            self.discard(run.info.run_id)
+        else:
+            self.terminate(run.info.run_id, "KILLED")
+
+
+class RunFiles:
+    """The bytes of outs that a run has as its artifacts."""
+
+    def __init__(self, store: Store, run: Run) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        store.client.download_artifacts(run.info.run_id, "", self._folder.name)
+        execution = store.execution_of(run)
+        self._entries = execution.entries if execution else {}
+
+    def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
+        """The artifact of this path if it has this hash."""
+        file = Path(self._folder.name) / path
+        return file if matches(file, digest) and (most is None or file.stat().st_size <= most) else None
+
+    def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
+        """The hashes of the files in a directory, as the execution has them."""
+        return self._entries.get(path)
+
+
+def parent_metrics(execution: Execution, content: Content, own: set[str]) -> dict[str, float]:
+    """The metrics of an execution that read a model, as the run that made the model shows them."""
+    prefix = execution.declared.prefix
+    names = {
+        key: f"{prefix}.{key}" if prefix else f"{execution.stage}.{key}" if key in own else key
+        for key in content.metrics
+    }
+    return {valid_name(name): content.metrics[key] for key, name in names.items()}
+
+
+def quiet() -> None:
+    """Keep the notes of MLflow and its libraries from standard error: a command's output is about the command."""
+    for name in ("mlflow", "alembic", "urllib3", "dvc", "dvc_data", "dvc_objects"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised as well
+    warnings.showwarning = lambda *_, **__: None  # MLflow resets filters
+
+
+def describe(error: BaseException) -> str:
+    """One line on an error: the user's, the store's with its first cause, or a defect of this package."""
+    if isinstance(error, UserError | Unprovable):
+        return str(error)
+    if isinstance(error, MissingBytes):
+        return f"{error} is not as in dvc.lock, nor in DVC's cache; `dvc checkout` or `dvc pull` first"
+    cause = error
+    while deeper := cause.__cause__ or cause.__context__:
+        cause = deeper
+    reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    module = type(error).__module__.partition(".")[0]
+    if module in ("builtins", "dvc_mlflow") and not isinstance(error, OSError):
+        where = error.__traceback__
+        while where and where.tb_next:
+            where = where.tb_next
+        place = f"{Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}" if where else "?"
+        return without_credentials(f"dvc-mlflow has a defect at {place} ({reason}); please report it")
+    if module in ("dvc", "dvc_data", "dvc_objects", "scmrepo"):
+        return without_credentials(f"DVC cannot read the project ({reason})")
+    return without_credentials(f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason})")
+
+
+def experiment_name(project: Project) -> str:
+    """The experiment that the project's pyproject.toml names, else the name of its repository or folder."""
+    with contextlib.suppress(OSError, tomllib.TOMLDecodeError):
+        settings = tomllib.loads((project.folder / "pyproject.toml").read_text(encoding="utf-8"))
+        if name := settings.get("tool", {}).get("dvc-mlflow", {}).get("experiment"):
+            return str(name)
+    command = ["git", "-C", str(project.root), "config", "--get", "remote.origin.url"]
+    with contextlib.suppress(OSError):
+        address = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if name := Path(address.rstrip("/").removesuffix(".git")).name:
+            return name
+    return project.root.name
+
+
+def sqlite_address(path: Path) -> str:
+    """The address of an SQLite database: in one, % begins an escape and ? ends the path."""
+    escaped = str(path).replace("%", "%25").replace("?", "%3F")
+    # Without the driver's name, MLflow would make a folder of the escaped name.
+    return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
+
+
+def create_database(path: Path) -> None:
+    """Create an SQLite database with MLflow's tables, whole or not at all: MLflow opens none that was cut off."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    mlflow.MlflowClient(sqlite_address(temporary)).search_experiments()
+    temporary.replace(path)
+
+
+def move_artifacts(database: Path, former: str, current: str) -> None:
+    """Correct the artifact locations, which MLflow keeps whole, of a project that was moved or copied.
+
+    `former` and `current` are the URIs of the folder mlartifacts; what lies elsewhere stays as it is.
+    """
+    if former == current:
+        return
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:  # all of it or nothing
+        for table, column in ARTIFACT_LOCATIONS:
+            connection.execute(
+                f"UPDATE {table} SET {column} = :current || substr({column}, length(:former) + 1) "
+                f"WHERE substr({column} || '/', 1, length(:former) + 1) = :former || '/'",
+                {"former": former, "current": current},
+            )
+
+
+def environment_tags() -> dict[str, str]:
+    """The versions that a run is of: Python, DVC, MLflow, and a hash of all packages that are installed."""
+    packages = set()
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            packages |= {name for name in os.listdir(folder or ".") if name.endswith(".dist-info")}
+    digest = hashlib.sha256("\n".join(sorted(packages)).encode()).hexdigest()[:16]
+    versions = {f"version.{name}": importlib.metadata.version(name) for name in ("dvc", "mlflow")}
+    return {**versions, "version.python": platform.python_version(), "version.packages": digest}
+
+
+def changed_params(project: Project, execution: Execution) -> list[str]:
+    """The params that are not as they are in the last commit, as `key=value`; those of the stage without its name."""
+    committed = project.committed_params(execution)
+    if committed is None:
+        return []
+    before = named_params(committed)
+    prefix = f"{execution.stage.rpartition(':')[2].partition('@')[0]}."
+    changed = {key: value for key, value in named_params(execution).items() if before.get(key) != value}
+    return [f"{key.removeprefix(prefix)}={value}" for key, value in changed.items()]
+
+
+def note(execution: Execution, changes: list[str]) -> str:
+    """The description that the run's page shows, in Markdown."""
+    params = f"Params: as committed{', but ' + ', '.join(changes) if changes else ''}."
+    lines = [execution.declared.desc or execution.stage, params, "`dvc-mlflow lineage RUN_ID` brings its bytes back."]
+    return "\n\n".join(lines)
+
+
+def valid_model_name(name: str, digest: str) -> str:
+    """A name that MLflow takes for a model: without / : . % and quotes."""
+    return re.sub(r"[^\w-]", "-", name) + f"-{digest[:8]}"
+
+
+def process_tags(pid: int) -> dict[str, str]:
+    """The owner of a run: host, process, and when that process began; "" if it is gone."""
+    created = ""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # Setting the clock must not make it another process. Linux has the start in time since boot, to which psutil
+        # adds the time of the boot, which moves with the clock; macOS keeps the time of day that it was.
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:  # killed; its new parent may take its time, or for ever
+            created = f"{process.create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
+    return {"process.host": HOST, "process.pid": str(pid), "process.created": created}
+
+
+def is_alive(run: Run) -> bool:
+    """Whether the run's process may still be at work; one of another host always may."""
+    tags = run.data.tags
+    if tags.get("process.host") != HOST:
+        return True
+    current = process_tags(int(tags["process.pid"]))
+    return current["process.created"] != "" and current == {key: tags[key] for key in current}
+
+
+def _save_model(validate_serving_input: bool, **arguments: Any) -> None:
+    """Pyfunc's save_model. Model.log alone reads the flag: to serve an example here would import the model's code."""
+    mlflow.pyfunc.save_model(**arguments)
+
+
+def _pinned(package: str) -> str:
+    """The requirement with the version that is installed, if it names none."""
+    if not re.fullmatch(r"[\w.-]+", package):
+        return package
+    try:
+        return f"{package}=={importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    return one == other or (one is not None and other is not None and one != one and other != other)
+
+
+def _is_hash(key: str) -> bool:
+    return key.startswith(("dvc.deps.", "dvc.outs."))
+
+
+def _quoted(value: str) -> str:
+    return value.replace("'", "''")
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

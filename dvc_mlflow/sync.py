@@ -1,0 +1,66 @@
+"""Make MLflow agree with DVC: record each execution whose run is missing."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dvc.exceptions import DvcException
+from scmrepo.exceptions import SCMError
+
+from dvc_mlflow.execution import MissingBytes
+from dvc_mlflow.project import Owners, Project, Unprovable
+from dvc_mlflow.store import Store, describe
+from dvc_mlflow.text import one_line
+
+
+def sync(store: Store, close_stale: float | None = None) -> Iterator[tuple[str, bool]]:
+    """Record what the workspace and the experiments of this commit are; yield lines, and whether each is a failure."""
+    for run in store.dead():
+        store.close(run)
+        yield f"closed run {run.info.run_id}, whose process is gone", False
+    for run in store.stale(close_stale) if close_stale is not None else ():
+        store.close(run)
+        yield f"closed run {run.info.run_id} of {run.data.tags['process.host']}", False
+    yield from record_all(store, store.project, None, "")
+    for name, rev, baseline in experiments(store.project):
+        owners = Owners(store.project, name, baseline)
+        with store.project.repo.switch(rev):
+            there = store.project.at_this_revision()
+            with store.looking_at(there):
+                yield from record_all(store, there, owners, f"{name}: ")
+
+
+def record_all(store: Store, project: Project, owners: Owners | None, label: str) -> Iterator[tuple[str, bool]]:
+    """Record the executions of the locks of a project, in order."""
+    alone = [execution for address in project.stages if (execution := project.locked_alone(address))]
+    everything = owners is not None and all(owners.of(execution) is None for execution in alone)
+    for address in project.stages:
+        alone_here = project.locked_alone(address)
+        if alone_here is None:
+            if owners is None:
+                yield f"{address}: not run yet", False
+            continue
+        experiment = None if owners is None else owners.experiment if everything else owners.of(alone_here)
+        if owners is not None and experiment is None:
+            continue  # its baseline's
+        try:
+            execution = project.locked(address)
+            assert execution
+            run_id, made = store.record(execution, experiment)
+        except (Unprovable, MissingBytes) as error:
+            if store.find(replace(alone_here, upstream=()), experiment):
+                yield f"{label}{address}: recorded before", False
+            else:
+                yield f"{label}{address}: not recorded: {describe(error)}", True
+            continue
+        if made or owners is None:
+            yield f"{label}{address}: recorded {f'as run {run_id}' if made else 'before'}", False
+
+
+def experiments(project: Project) -> list[tuple[str, str, str]]:
+    """The experiments of the current commit: name, revision and baseline of each; none without git."""
+    try:
+        found = project.repo.experiments.ls(rev=["HEAD"])
+        head = project.repo.scm.get_rev()
+    except (DvcException, SCMError, OSError):
+        return []
+    return [(one_line(name, 200), rev, head) for revs in found.values() for name, rev in revs if rev]
