@@ -13,7 +13,7 @@ help:  ## this list
 
 repro: .venv/installed  ## run what a change affects, then show the metrics
 	@dvc repro
-	@dvc metrics show
+	@dvc metrics show metrics/train.json metrics/evaluate.json
 	@echo "Compare runs in the MLflow UI: make ui"
 
 test: .venv/installed  ## run the tests
@@ -33,10 +33,10 @@ ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT
 		--host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
 
 sync: .venv/installed  ## make MLflow agree with dvc.lock
-	@python -m commands.sync
+	@dvc-mlflow sync
 
 audit: .venv/installed  ## list where DVC, the files and MLflow disagree; fail if they do
-	@python -m commands.audit
+	@dvc-mlflow audit
 
 lint: .venv/installed  ## check style and types
 	@ruff check .
@@ -57,7 +57,7 @@ git:
 
 # uv installs; its own pinned version and hashes are those of requirements.txt. Compiling to bytecode once saves
 # some 10 s in each run where Python is not allowed to do so itself.
-.venv/installed: requirements.txt | git
+.venv/installed: requirements.txt pyproject.toml | git
 	@command -v $(PYTHON) >/dev/null || { echo "error: expected $(PYTHON), found none; install Python 3.11 to 3.13, or name yours: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: expected Python 3.11 to 3.13, found $$($(PYTHON) -V 2>&1); install one and name it: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: expected Python's venv module, found none; install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
@@ -66,4 +66,5 @@ git:
 	@awk '/^uv==/ {found = 1} found {print} found && !/\\$$/ {exit}' requirements.txt > .venv/uv.txt
 	@python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 	@uv pip sync --quiet --python .venv/bin/python --require-hashes --compile-bytecode requirements.txt
+	@uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	@touch .venv/installed

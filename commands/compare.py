@@ -68,7 +68,7 @@ def _read_revision(name: str) -> Result:
     from ruamel.yaml import YAML
     from scmrepo.exceptions import SCMError
 
-    from stages.pipeline import flatten
+    from dvc_mlflow.execution import flatten
 
     rev = None if name == "workspace" else name
     try:
@@ -85,7 +85,7 @@ def _read_revision(name: str) -> Result:
 
 def _not_run(lock: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
     """The first param, or file that a stage reads, with which the results were not made; None where there is none."""
-    from stages.pipeline import lookup
+    from dvc_mlflow.project import lookup
 
     outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
     for entry in lock.values():
@@ -101,11 +101,12 @@ def _not_run(lock: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
 def _read_run(run_id: str) -> Result:
     import pandas as pd
 
-    from stages.store import Store, describe, quiet
+    from dvc_mlflow.project import Project
+    from dvc_mlflow.store import Store, describe, quiet
 
     quiet()
     try:
-        store = Store(Path.cwd())
+        store = Store(Project(Path.cwd()))
         run = store.client.get_run(run_id)
         evaluation = run
         if run.data.tags.get("stage") == "train":
@@ -116,7 +117,7 @@ def _read_run(run_id: str) -> Result:
                 )
             evaluation = children[0]
         with tempfile.TemporaryDirectory() as folder:
-            path = store.client.download_artifacts(evaluation.info.run_id, Path(PREDICTIONS).name, folder)
+            path = store.client.download_artifacts(evaluation.info.run_id, PREDICTIONS, folder)
             predictions = pd.read_parquet(path)
     except Exception as error:  # the store's or the table's, of any kind
         sys.exit(f"error: expected a train or evaluate run, found {run_id}: {describe(error)}")

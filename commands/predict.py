@@ -120,11 +120,12 @@ def _ask_file(model: str, images: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def _ask_mlflow(model: str, images: np.ndarray) -> tuple[list[str], np.ndarray]:
-    from stages.store import Model, Store, describe, mlflow, quiet
+    from dvc_mlflow.project import Project
+    from dvc_mlflow.store import Model, Store, describe, mlflow, quiet
 
     quiet()
     try:
-        Store(Path.cwd())
+        Store(Project(Path.cwd()))
         with tempfile.TemporaryDirectory() as folder:  # from a path with a % in it, MLflow loads nothing
             path = mlflow.artifacts.download_artifacts(model, dst_path=folder)
             loader = Model.load(path).flavors.get("python_function", {}).get("loader_module")

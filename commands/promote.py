@@ -18,7 +18,7 @@ from commands.compare import compare, read_result
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from stages.store import Store
+    from dvc_mlflow.store import Store
 
 NAME = "fashion-mnist-lenet"
 ALIAS = "champion"
@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument("run", nargs="?", metavar="RUN_ID", help="a train run (default: that of dvc.lock)")
     parser.add_argument("--force", action="store_true", help="promote it without a comparison")
     args = parser.parse_args()
-    from stages.store import Store, describe, quiet
+    from dvc_mlflow.project import Project
+    from dvc_mlflow.store import Store, describe, quiet
 
     quiet()
     try:
-        store = Store(Path.cwd())
+        store = Store(Project(Path.cwd()))
         promote(store, find_run(store, args.run), args.force)
     except Exception as error:  # the store's, of any kind
         sys.exit(f"error: {describe(error)}")
@@ -41,8 +42,8 @@ def main() -> None:
 
 def find_run(store: "Store", run_id: str | None) -> "Run":
     if run_id is None:
-        record = store.pipeline.locked("train")
-        run = store.find(record) if record else None
+        execution = store.project.locked_alone("train")
+        run = store.find(execution) if execution else None
         if run is None:
             sys.exit("error: expected MLflow to have the train run of dvc.lock, found none; `make sync` records it")
         return run
@@ -54,7 +55,7 @@ def find_run(store: "Store", run_id: str | None) -> "Run":
 
 def promote(store: "Store", run: "Run", force: bool) -> None:
     """Register the run's model, if it is not yet, and move the alias to it. Exits where it is worse."""
-    from stages.store import MlflowException
+    from dvc_mlflow.store import MlflowException
 
     client = store.client
     try:

@@ -34,6 +34,8 @@ def audit(store: Store, everything: bool = False) -> Iterator[str]:
             continue
         run = store.find(execution)
         if run is None:
+            run = store.find(replace(execution, upstream=()))  # of this execution, but below another run
+        if run is None:
             yield f"{address}: MLflow has no finished run of what dvc.lock records; `dvc-mlflow sync`"
             continue
         yield from (f"{address}: run {run.info.run_id}: {line}" for line in audit_run(store, run, execution))
@@ -207,11 +209,10 @@ def _of_children(store: Store, run: Run, own: set[str]) -> dict[str, list[float]
 
 
 def _line(name: str, found: object, expected: object) -> str:
+    here, there = (json.dumps(value, ensure_ascii=False) for value in (found, expected))
     if found is None:
-        return f"{name}: MLflow does not have it; expected {json.dumps(expected, ensure_ascii=False)}"
-    if expected is None:
-        return f"{name}: MLflow has {json.dumps(found, ensure_ascii=False)}; expected nothing"
-    return f"{name}: MLflow has {json.dumps(found, ensure_ascii=False)}; expected {json.dumps(expected, ensure_ascii=False)}"
+        return f"{name}: MLflow does not have it; expected {there}"
+    return f"{name}: MLflow has {here}; expected {'nothing' if expected is None else there}"
 
 
 def _show(values: dict[str, Any], key: str) -> str:

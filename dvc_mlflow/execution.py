@@ -120,7 +120,7 @@ class Files(Protocol):
         """The hashes of the files in a directory, by their path from it; None if they cannot be had."""
 
 
-class MissingBytes(Exception):
+class MissingBytes(Exception):  # noqa: N818
     """An out of which MLflow would show something is nowhere to be had."""
 
 

@@ -1,8 +1,8 @@
 """Run a stage's command and record it: `dvc-mlflow run COMMAND…` in front of the command in dvc.yaml.
 
 Only the standard library is imported here: the recorder, a process of its own, imports DVC and MLflow while the command
-does its own imports. The command gets each signal that is sent to the launcher, and the launcher ends as it ends. If the
-launcher is killed, so is the command, and the recorder closes the run as KILLED.
+does its own imports. The command gets each signal that is sent to the launcher, and the launcher ends as it ends. If
+the launcher is killed, so is the command, and the recorder closes the run as KILLED.
 """
 
 import ctypes

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import posixpath
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from dvc_mlflow.text import UserError, one_line
 HASHES = ("md5", "etag", "checksum", "version_id")
 
 
-class Unprovable(Exception):
+class Unprovable(Exception):  # noqa: N818
     """Of an execution that dvc.lock records it cannot be shown what came before it."""
 
 
@@ -73,9 +74,7 @@ class Project:
         try:
             graph = self.repo.index.graph
         except (DvcException, SCMError, OSError, RecursionError) as error:
-            cause = error.__cause__
-            detail = f" ({one_line(cause, 200)})" if cause else ""
-            raise UserError(f"DVC cannot read the pipeline: {one_line(error)}{detail}; mend or restore it") from None
+            raise UserError(_unreadable(error)) from None
         from networkx import topological_sort
 
         ordered = [stage for stage in topological_sort(graph.reverse()) if isinstance(stage, PipelineStage)]
@@ -219,7 +218,8 @@ class Project:
         params = {self.path(stage, path): _plain(values) for path, values in (entry.get("params") or {}).items()}
         cmd = entry["cmd"]
         declared = self.declared(stage, list(hashes["deps"]), list(hashes["outs"]))
-        return Execution(address, "\n".join(cmd) if isinstance(cmd, list) else cmd, params, **hashes, declared=declared)
+        cmd = "\n".join(cmd) if isinstance(cmd, list) else cmd
+        return Execution(address, cmd, params, hashes["deps"], hashes["outs"], declared)
 
     def starting(self, address: str) -> Execution:
         """The execution that begins now. Raises Unprovable, or DvcException if a dep is missing."""
@@ -249,6 +249,7 @@ class Project:
     def add(self, execution: Execution) -> None:
         """Take an execution as recorded, here alone: DVC writes dvc.lock when the command has ended."""
         stage = self.stages[execution.stage]
+        self._own(execution.stage)  # reads the lock, if nothing has yet
         self._locks[stage.path][stage.name] = {
             "cmd": execution.cmd,
             "params": {posixpath.relpath(p, self.path(stage, ".")): dict(v) for p, v in execution.params.items()},
@@ -257,6 +258,18 @@ class Project:
                 for kind, files in (("deps", execution.deps), ("outs", execution.outs))
             },
         }
+
+    def put_back(self, address: str) -> None:
+        """Copy the outs that dvc.lock records, and that are missing, from DVC's cache to their places."""
+        execution = self._own(address)
+        for path, digest in execution.outs.items() if execution else ():
+            entries = self.entries(path, digest) if digest.endswith(".dir") else {".": digest}
+            for name, one in (entries or {}).items():
+                place = self.folder / posixpath.normpath(posixpath.join(path, name))
+                cached = self.find(path, one) if not place.exists() else None
+                if cached:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(cached, place.with_name(f"{place.name}.tmp")).replace(place)
 
     def _from_wdir(self, stage: PipelineStage, path: str) -> str:
         return (
@@ -361,9 +374,10 @@ class Project:
     def git(self, written: list[str]) -> Git:
         """The commit and the patch from it to the files as they are, less what DVC writes; empty without git."""
         read = {"params.yaml"}
-        for stage in self.stages.values():
+        for stage in self.stages.values():  # what git does not know counts if it is a dep, or beside one
             read |= {self.path(stage, dep.def_path) for dep in stage.deps if not urlparse(dep.def_path).scheme}
             read.add(posixpath.relpath(Path(stage.path).as_posix(), self.folder.as_posix()))
+        read |= {posixpath.dirname(path) for path in read} - {""}
         exclude = [f":(exclude){path}" for path in written]
         plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
         diff = ("diff", "--binary", "--relative", *plain)
@@ -458,6 +472,17 @@ def hash_path(path: Path, repo: Repo) -> Any:
     fs = LocalFileSystem()
     database = HashFileDB(fs, str(path.parent))
     return build(database, str(path), fs, "md5", dry_run=True, ignore=repo.dvcignore)[2]
+
+
+def _unreadable(error: BaseException) -> str:
+    """What DVC says of a file that it cannot read, where in it, and the cure."""
+    said, cause = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__), error.__cause__
+    while cause is not None and not hasattr(cause, "problem_mark"):
+        cause = cause.__cause__
+    mark = getattr(cause, "problem_mark", None)
+    where = f" (line {mark.line + 1}: {one_line(getattr(cause, 'problem', ''), 100)})" if mark else ""
+    cure = "remove it, and `dvc repro` makes it again" if ".lock'" in said else "`git checkout` brings it back"
+    return f"DVC cannot read the pipeline: {said.rstrip('.:')}{where}; {cure}"
 
 
 def _tree_digest(entries: Mapping[str, str], name: str) -> str:

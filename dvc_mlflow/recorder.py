@@ -2,10 +2,11 @@
 
 Reads events from standard input, a JSON object a line: the start, the status that the command ended with, and that the
 launcher has seen it succeed. Answers on standard output: `ready` when there is a run, `complete` when all is in it,
-`closed` when it has ended. If the events end early, the launcher was killed, and so is the run. If the store fails, says
-so in one line and exits with 1.
+`closed` when it has ended. If the events end early, the launcher was killed, and so is the run. If the store fails,
+says so in one line and exits with 1.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -118,13 +119,15 @@ def record(events: Events) -> None:
             curves.look()
     if status != "FINISHED":
         curves.look()
-        return end(store, run_id, status, pid)
+        end(store, run_id, status, pid)
+        return
     try:
         execution = project.ended(execution)
     except UserError as error:
         warn(str(error))
         say("complete")
-        return end(store, run_id, "FAILED", pid)
+        end(store, run_id, "FAILED", pid)
+        return
     try:
         problems = store.complete(run_id, execution, curves.logged)
     except Conflict as error:  # the run holds steps that these files do not: of an earlier attempt, or rewritten since
@@ -136,14 +139,15 @@ def record(events: Events) -> None:
         warn(problem)
     say("complete")
     if not events.next(None):  # the launcher was killed: DVC has not seen the command succeed, and runs it again
-        return end(store, run_id, "KILLED", pid)
+        end(store, run_id, "KILLED", pid)
+        return
     run_id = store.publish(run_id, execution, experiment)
     store.show_on_parent(run_id, execution)
     project.add(execution)
-    for other in project.stages:
-        if execution.declared.models and project.would_skip(other):  # DVC will not run it: this is its record
+    for reader in project.stages:
+        if execution.declared.models and project.would_skip(reader):  # DVC will not run it: this is its record
             try:
-                locked = project.locked(other)
+                locked = project.locked(reader)
                 if locked and locked.maker_of_model() and execution.stage in [one.stage for one in locked.upstream]:
                     store.record(locked, experiment)
             except (Unprovable, MissingBytes):
@@ -157,6 +161,15 @@ def begin_again(store: Store, execution: Execution, experiment: str | None, pid:
     assert not resumed
     store.client.delete_tag(run_id, "restored")
     return run_id
+
+
+def put_back() -> None:
+    """Put the outs that DVC removed back, if nothing made new ones: the launcher will not run the command."""
+    try:
+        project = Project(Path.cwd())
+        project.put_back(project.find_stage(os.environ["DVC_STAGE"], Path.cwd()))
+    except Exception as error:  # what the user should hear of is the first failure
+        warn(f"the outs were not put back ({describe(error)}); `dvc checkout` does it")
 
 
 def end(store: Store, run_id: str, status: str, pid: int, tell: bool = True) -> None:
@@ -184,10 +197,8 @@ def _is_last(commands: list[str], command: list[str]) -> bool:
 
 def say(words: str) -> None:
     """Tell the launcher, which may be dead by now."""
-    try:
+    with contextlib.suppress(BrokenPipeError):
         os.write(1, f"{words}\n".encode())
-    except BrokenPipeError:
-        pass
 
 
 def warn(line: str) -> None:
@@ -203,6 +214,8 @@ def main() -> None:
     try:
         record(Events())
     except Exception as error:  # whatever it is, the user should be told in one line
+        if os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false"):
+            put_back()
         warn(f"{describe(error)}; `dvc-mlflow sync` records this when it can")
         os._exit(1)
     os._exit(0)  # Python would take 0.1 s to take MLflow apart

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Before MLflow is imported. A store that does not answer is abandoned after some 8 s: `dvc-mlflow sync` makes up for it.
+# Before MLflow is imported. A store that does not answer is abandoned after some 8 s: `dvc-mlflow sync` makes up for
+# it.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -69,7 +70,7 @@ CLAIM_SECONDS = 30  # how long a run that claims an execution is waited for
 HOST = socket.gethostname()
 
 
-class Conflict(Exception):
+class Conflict(Exception):  # noqa: N818
     """A run holds what this execution did not make: a step of an earlier attempt."""
 
 
@@ -327,26 +328,41 @@ class Store:
             tags = {f"dvc.outs.{path}": digest, "mlflow.source.name": execution.stage}
             existing = self.models_of(run_id, path)
             ready = [model for model in existing if model.status == LoggedModelStatus.READY]
-            for model in existing:
-                if model not in ready:  # it was cut off
+            known = self._model_ids(run_id)
+            cut_off = [model for model in existing if model not in ready]
+            for model in cut_off:
+                if model.model_id not in known:  # it was cut off before the run knew of it
                     self.client.delete_logged_model(model.model_id)
+            again = next((model.model_id for model in cut_off if model.model_id in known), None)
             if ready:
                 model_id = ready[-1].model_id
             elif meta.get("python_model"):
-                model_id = self._log_served_model(run_id, name, path, digest, meta, tags)
+                model_id = self._log_served_model(run_id, again, name, path, digest, meta, tags)
             else:  # the hash alone: DVC has the bytes
-                model = self.client.create_logged_model(
-                    self.experiment_id, name=valid_model_name(name, digest), source_run_id=run_id, tags=tags
-                )
-                self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-                self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-                model_id = model.model_id
+                model_id = again
+                if model_id is None:
+                    model = self.client.create_logged_model(
+                        self.experiment_id, name=valid_model_name(name, digest), source_run_id=run_id, tags=tags
+                    )
+                    model_id = model.model_id
+                    self.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
+                self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
         return model_id
 
     def _log_served_model(
-        self, run_id: str, name: str, path: str, digest: str, meta: Mapping[str, Any], tags: dict[str, str]
+        self,
+        run_id: str,
+        again: str | None,
+        name: str,
+        path: str,
+        digest: str,
+        meta: Mapping[str, Any],
+        tags: dict[str, str],
     ) -> str:
-        """Log a model with the code that `meta` names, by the names of MLflow's log_model: no pickle."""
+        """Log a model with the code that `meta` names, by the names of MLflow's log_model: no pickle.
+
+        `again` is the id of the run's model that was cut off, if there is one.
+        """
         found, folder = self.project.find(path, digest), self.project.folder
         if found is None:
             raise MissingBytes(path)
@@ -358,17 +374,19 @@ class Store:
             info = Model.log(
                 artifact_path=None,
                 flavor=SimpleNamespace(save_model=_save_model),
-                run_id=run_id,
+                run_id=None if again else run_id,  # a run cannot have the same model twice
+                model_id=again,
                 name=valid_model_name(name, digest),
                 python_model=str(folder / meta["python_model"]),
                 artifacts={"model": copy.as_uri()},  # MLflow unquotes a path
                 code_paths=[str(folder / code) for code in meta.get("code_paths", [])] or None,
                 signature=signature
                 and ModelSignature(
-                    *(
-                        Schema.from_json(json.dumps(signature[side])) if signature.get(side) else None
+                    **{
+                        side: Schema.from_json(json.dumps(signature[side]))
                         for side in ("inputs", "outputs")
-                    )
+                        if signature.get(side)
+                    }
                 ),
                 validate_serving_input=False,
                 pip_requirements=[_pinned(package) for package in meta.get("pip_requirements", ["mlflow"])],
@@ -380,6 +398,10 @@ class Store:
         """The run's logged models of a path."""
         found = self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'")
         return [model for model in found if f"dvc.outs.{path}" in model.tags]
+
+    def _model_ids(self, run_id: str) -> set[str]:
+        outputs = self.client.get_run(run_id).outputs
+        return {output.model_id for output in outputs.model_outputs} if outputs else set()
 
     def model_id(self, run: Run) -> str | None:
         """The id of the run's model; None if it has none."""
@@ -691,7 +713,7 @@ def environment_tags() -> dict[str, str]:
     packages = set()
     for folder in sys.path:
         with contextlib.suppress(OSError):
-            packages |= {name for name in os.listdir(folder or ".") if name.endswith(".dist-info")}
+            packages |= {entry.name for entry in Path(folder or ".").iterdir() if entry.name.endswith(".dist-info")}
     digest = hashlib.sha256("\n".join(sorted(packages)).encode()).hexdigest()[:16]
     versions = {f"version.{name}": importlib.metadata.version(name) for name in ("dvc", "mlflow")}
     return {**versions, "version.python": platform.python_version(), "version.packages": digest}

@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from stages import stage, tracking
+from stages import stage
 
 if __name__ == "__main__":
     stage.prepare()
-    tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np
 import requests
@@ -51,15 +50,13 @@ def main() -> None:
     args = parser.parse_args()
     params = read_params()
 
-    with tracking.run("fetch") as run:
-        source, contents = fetch(params.fetch)
-        run.set_tag("source", source)
-        for path, part in ((args.train, "train"), (args.test, "test")):
-            images = parse_idx(contents[f"{part}_images"], dimensions=3)
-            labels = parse_idx(contents[f"{part}_labels"], dimensions=1)
-            check_dataset(f"{part} set", images, labels)
-            write_dataset(path, Dataset(images, labels, params.fetch.classes))
-            print(f"{path}: {len(images):,} images")
+    contents = fetch(params.fetch)
+    for path, part in ((args.train, "train"), (args.test, "test")):
+        images = parse_idx(contents[f"{part}_images"], dimensions=3)
+        labels = parse_idx(contents[f"{part}_labels"], dimensions=1)
+        check_dataset(f"{part} set", images, labels)
+        write_dataset(path, Dataset(images, labels, params.fetch.classes))
+        print(f"{path}: {len(images):,} images")
 
 
 # A source: its name, and a function from a file's entry in params to its gzip bytes, which may raise.
@@ -80,8 +77,8 @@ def sources(params: Fetch) -> Iterator[Source]:
             yield f"apt-get download {DEBIAN_PACKAGE}", package.read
 
 
-def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
-    """Return the name of the source that completed the set, and the verified content of each file by its key.
+def fetch(params: Fetch) -> dict[str, bytes]:
+    """Return the verified content of each file by its key, and print which source completed the set.
 
     Raises StageError that names each source and its reason when all fail.
     """
@@ -100,7 +97,7 @@ def fetch(params: Fetch) -> tuple[str, dict[str, bytes]]:
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:
             print(f"fetched from {name}")
-            return name, contents
+            return contents
     raise StageError("\n  ".join(["no source has the data set; put its files into FASHION_MNIST_DIR:", *failures]))
 
 

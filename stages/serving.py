@@ -17,7 +17,7 @@ class ServedLeNet(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         from stages.lenet import read_model
 
-        self.model = read_model(Path(context.artifacts["weights"]))
+        self.model = read_model(Path(context.artifacts["model"]))
 
     def predict(self, context, model_input, params=None):  # no type hints: MLflow takes them for a schema
         """The class, and the probability of each class, of images uint8 (N, 28, 28), N ≥ 1, white on black."""

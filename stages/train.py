@@ -6,14 +6,14 @@ python -m stages.train data/fashion-mnist/train.safetensors --model models/lenet
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from stages import stage, tracking
+from stages import stage
 
 if __name__ == "__main__":
     stage.prepare()
-    tracking.start_recorder()  # its imports take as long as those that follow
 
 import numpy as np
 import torch
@@ -39,29 +39,32 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, help="training set (safetensors)")
     parser.add_argument("--model", type=Path, required=True, help="weights to write (safetensors)")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics of the last epoch to write (JSON)")
-    parser.add_argument("--history", type=Path, required=True, help="metrics of each epoch to write (CSV)")
+    parser.add_argument("--history", type=Path, required=True, help="metrics of each epoch to write as it ends (CSV)")
     parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
     check_inputs(args.dataset)
 
-    with tracking.run("train") as run:
-        device = set_up_device(params.train.device, params.train.threads)
-        run.set_tag("device", str(device))
-        dataset = read_dataset(args.dataset)
-        checkpoint = Checkpoint(params.train, dataset, device)
-        model, history = train(dataset, params.train, device, run, checkpoint)
-        write_model(args.model, model)
-        write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "train_lr")})
-        write_csv(args.history, history)
-        write_png(args.plots / "curves.png", plot_curves(history))
+    device = set_up_device(params.train.device, params.train.threads)
+    dataset = read_dataset(args.dataset)
+    checkpoint = Checkpoint(params.train, dataset, device)
+    model, history = train(dataset, params.train, device, checkpoint, lambda rows: write_csv(args.history, rows))
+    write_model(args.model, model)
+    write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "train_lr")})
+    write_png(args.plots / "curves.png", plot_curves(history))
     checkpoint.remove()
 
 
 def train(
-    dataset: Dataset, params: Train, device: torch.device, run: tracking.Run, checkpoint: Checkpoint
-) -> tuple[LeNet, list[dict]]:
-    """Return the trained model and the metrics of each epoch; go on from the checkpoint where there is one.
+    dataset: Dataset,
+    params: Train,
+    device: torch.device,
+    checkpoint: Checkpoint,
+    report: Callable[[list[dict[str, Any]]], None],
+) -> tuple[LeNet, list[dict[str, Any]]]:
+    """Return the trained model and the metrics of each epoch; continue from the checkpoint if there is one.
+
+    After each epoch, `report` gets the metrics of all epochs so far.
 
     Raises StageError when a size does not fit the data set, or when the loss is not finite.
     """
@@ -111,7 +114,7 @@ def train(
         history.append(metrics)
         if params.checkpoint_epochs and epoch % params.checkpoint_epochs == 0:
             checkpoint.save(step.state(), history)
-        run.log_metrics(metrics, step=epoch)
+        report(history)
         print(describe(metrics, params.epochs, rate), flush=True)
     return model, history
 

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from filelock import FileLock
 from mlflow.entities import Run
 
-from stages.store import move_artifacts
+from dvc_mlflow.store import move_artifacts
+from stages.stage import md5
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,8 +161,10 @@ class Project:
         return ran(self.dvc("repro", *arguments, check=check, **env).stdout)
 
     def command(self, name: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Do what `python -m commands.NAME …` does in the folder; see forked.py."""
-        result = forked.run_module(f"commands.{name}", arguments, self.folder, environment() | env)
+        """Do what `python -m commands.NAME …`, or `dvc-mlflow NAME …`, does in the folder; see forked.py."""
+        bridge = name in ("sync", "audit", "lineage")
+        module, words = ("dvc_mlflow", (name, *arguments)) if bridge else (f"commands.{name}", arguments)
+        result = forked.run_module(module, words, self.folder, environment() | env)
         assert "Traceback" not in result.stdout + result.stderr, result
         if check and result.returncode != 0:
             raise AssertionError(f"{name} {arguments} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
@@ -192,6 +195,26 @@ class Project:
         """The MD5 of each out, by its path, as dvc.lock has them."""
         stages = load_yaml(self.folder / "dvc.lock")["stages"].values()
         return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}
+
+
+class Pipeline:
+    """What dvc.yaml of a folder says, as it stands there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stages = load_yaml(folder / "dvc.yaml")["stages"]
+
+    def deps(self, stage: str) -> list[str]:
+        return self.stages[stage].get("deps", [])
+
+    def outs(self, stage: str) -> list[str]:
+        """Paths of all outs, metrics files and plots among them."""
+        entries = [entry for kind in ("outs", "metrics", "plots") for entry in self.stages[stage].get(kind, [])]
+        return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+    def hash(self, paths: Iterable[str]) -> dict[str, str]:
+        """MD5 of each file, by its path; "" for a file that is not there."""
+        return {path: md5(self.folder / path) if (self.folder / path).is_file() else "" for path in paths}
 
 
 class Store:

@@ -6,8 +6,9 @@ import pytest
 from conftest import Project, Store
 from dvc.utils.serialize import modify_yaml
 
-from commands.audit import audit_files, audit_store
-from stages import store
+from dvc_mlflow.audit import audit as audit_lines
+from dvc_mlflow.project import Project as DVCProject
+from dvc_mlflow.store import Store as MLflowStore
 
 
 @pytest.fixture
@@ -18,15 +19,14 @@ def audit(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], lis
         monkeypatch.delenv(name, raising=False)
 
     def lines() -> list[str]:
-        opened = store.Store(project.folder)
-        return [*audit_files(opened.pipeline), *audit_store(opened)]
+        return list(audit_lines(MLflowStore(DVCProject(project.folder))))
 
     return lines
 
 
 def test_after_repro_all_agree(project: Project) -> None:
     result = project.command("audit")
-    assert result.stdout == "params.yaml, dvc.yaml, dvc.lock, the files and MLflow agree\n"
+    assert result.stdout == "dvc.yaml, the params, dvc.lock, the files and MLflow agree\n"
 
 
 def test_a_disagreement_is_a_failure(project: Project) -> None:
@@ -124,18 +124,18 @@ def leave_run(project: Project) -> None:
     [
         (change_params, "train.lr: params.yaml has 0.5, dvc.lock 0.01"),
         (change_command, "fetch: dvc.yaml has another command than dvc.lock"),
-        (change_deps, "stages/device.py: dvc.lock has it, dvc.yaml does not"),
+        (change_deps, "evaluate: stages/device.py: dvc.lock has it, dvc.yaml does not"),
         (change_code, "stages/evaluate.py: dvc.lock (evaluate) has MD5 "),
         (change_metrics_file, "metrics/train.json: dvc.lock (train) has MD5 "),
         (remove_model, "models/lenet.safetensors: dvc.lock (train) has MD5 "),
         (remove_run, "evaluate: MLflow has no finished run of what dvc.lock records"),
-        (change_headline, "test_accuracy: MLflow's train run has 0.123, the metrics files "),
-        (change_metric, "f1.Bag: MLflow has 0.123, the metrics files "),
-        (change_curve, "train_loss of epoch 2: MLflow has 0.123, history.csv "),
-        (add_param, "train.momentum: MLflow has it, dvc.lock does not"),
+        (change_headline, "metrics test_accuracy: MLflow has 0.123; expected "),
+        (change_metric, "metrics f1.Bag: MLflow has 0.123; expected "),
+        (change_curve, "curve train_loss at step 2: MLflow has 0.123; expected "),
+        (add_param, 'params train.momentum: MLflow has "0.9"; expected nothing'),
         (change_parent, "its parent is not "),
-        (change_artifact, "metrics/predictions.parquet: MLflow's artifact is not the file of dvc.lock"),
-        (change_weights, "models/lenet.safetensors: MLflow's model has "),
+        (change_artifact, 'artifacts metrics/predictions.parquet: MLflow has "other bytes"'),
+        (change_weights, 'model models/lenet.safetensors: MLflow has "other bytes"'),
         (leave_run, "MLflow has it RUNNING, its process is gone"),
     ],
 )
@@ -147,8 +147,8 @@ def test_each_disagreement_is_named(
     assert any(expected in line for line in lines), lines
 
 
-def test_a_mistake_in_params_is_named(project: Project) -> None:
+def test_a_mistake_in_params_is_a_disagreement(project: Project) -> None:
     project.set("train.lr", -1)
     result = project.command("audit", check=False)
     assert result.returncode == 1
-    assert "train.lr: expected greater than 0, found -1" in result.stderr
+    assert result.stdout == "train.lr: params.yaml has -1, dvc.lock 0.01\n"

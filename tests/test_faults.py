@@ -13,14 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Project, Store, copy
+from conftest import Pipeline, Project, Store, copy
 from dvc.utils.serialize import load_yaml
 
-from commands.audit import audit_files
+from dvc_mlflow.audit import audit_files
+from dvc_mlflow.project import Project as DVCProject
+from dvc_mlflow.store import process_tags
+from dvc_mlflow.text import UserError
 from stages.params import read_params
-from stages.pipeline import Pipeline
 from stages.stage import StageError
-from stages.store import _process_tags
 
 Record = Callable[[str, object], None]  # pytest's record_property
 NO_SPACE = "No space left on device"
@@ -136,10 +137,10 @@ def test_a_full_disk_below_mlflow_costs_a_warning_and_sync_completes_the_record(
         result = project.dvc("repro")
         (line,) = [line for line in result.stderr.splitlines() if line]
         assert line.startswith("warning: MLflow cannot use ")
-        assert line.endswith("; `make sync` records this when it can")
+        assert line.endswith("; `dvc-mlflow sync` records this when it can")
         (small_disk / "filler").unlink()
         project.command("sync")
-        assert audit(project) == ["params.yaml, dvc.yaml, dvc.lock, the files and MLflow agree"]
+        assert audit(project) == ["dvc.yaml, the params, dvc.lock, the files and MLflow agree"]
     record_property("faults injected", len(rooms))
 
 
@@ -256,7 +257,7 @@ def test_a_clock_that_jumps_changes_no_byte_and_no_record(
         assert not result.stderr
         assert is_right(project, finished_project)
     project.command("sync")
-    assert audit(project) == ["params.yaml, dvc.yaml, dvc.lock, the files and MLflow agree"]
+    assert audit(project) == ["dvc.yaml, the params, dvc.lock, the files and MLflow agree"]
     store = Store(project)
     runs = [run for stage in ("fetch", "train", "evaluate") for run in store.runs(stage)]
     assert len(store.runs("train")) == 1 + times
@@ -269,13 +270,13 @@ def test_a_clock_that_jumps_changes_no_byte_and_no_record(
 def test_a_clock_that_jumps_does_not_make_a_living_process_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, created = _process_tags(os.getpid()), psutil.Process().create_time()
+    before, created = process_tags(os.getpid()), psutil.Process().create_time()
     (tmp_path / str(os.getpid())).symlink_to(f"/proc/{os.getpid()}")
     boot = re.sub("(?<=btime )[0-9]+", lambda time: str(int(time[0]) + 3600), Path("/proc/stat").read_text())
     (tmp_path / "stat").write_text(boot)
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     assert psutil.Process().create_time() == pytest.approx(created + 3600)
-    assert _process_tags(os.getpid()) == before
+    assert process_tags(os.getpid()) == before
 
 
 def test_runs_of_a_clock_that_was_an_hour_ahead_end_after_their_start_and_mislead_nobody(project: Project) -> None:
@@ -291,7 +292,7 @@ def test_runs_of_a_clock_that_was_an_hour_ahead_end_after_their_start_and_mislea
     dead = begin("train", **{"process.created": "1.00", "dvc.fingerprint": "another"})
     lines = project.command("sync").stdout.splitlines()
     recorded = [f"{stage}: recorded before" for stage in ("fetch", "train", "evaluate")]
-    assert lines == [*recorded, f"closed run {dead} as KILLED"]
+    assert lines == [f"closed run {dead}, whose process is gone", *recorded]
     assert store.client.get_run(dead).info.end_time == ahead
 
 
@@ -344,7 +345,7 @@ def test_audit_names_what_rotted_a_stage_refuses_it_and_their_commands_bring_the
     for how in hows:
         for path in paths:
             damage(cached(project, path), how)
-        lines = list(audit_files(Pipeline(project.folder)))
+        lines = list(audit_files(DVCProject(project.folder)))
         assert lines == [f"{path}: DVC's copy is damaged; `rm -f {cached(project, path)}`" for path in paths]
         # DVC does not read what it takes from its cache: it puts the damaged model into the workspace.
         (project.folder / "models/lenet.safetensors").unlink()
@@ -422,7 +423,7 @@ def test_projects_that_train_at_once_on_one_new_store_are_all_recorded_whole(
 
     def train(project: Project) -> None:
         command = load_yaml(project.folder / "dvc.yaml")["stages"]["train"]["cmd"].split()
-        results.append(project.run(*command, MLFLOW_TRACKING_URI=uri))
+        results.append(project.run(*command, DVC_STAGE="train", MLFLOW_TRACKING_URI=uri))
 
     for number, project in enumerate(projects):
         project.set("train.seed", number)
@@ -453,18 +454,18 @@ def merge(text: str, key: str) -> str:
 
 
 MERGES: dict[str, tuple[str, Callable[[str], str], str]] = {
-    "dvc.lock with a conflict": ("dvc.lock", lambda text: merge(text, "md5:"), "line 10: could not find expected ':'"),
-    "dvc.lock empty": ("dvc.lock", lambda _: "", "expected stages as DVC writes them"),
-    "dvc.lock cut": ("dvc.lock", lambda text: text[:300], "expected stages as DVC writes them"),
-    "dvc.lock a list": ("dvc.lock", lambda _: "stages: []", "expected stages as DVC writes them"),
-    "dvc.lock of nothing": ("dvc.lock", lambda _: "stages:\n  train:\n", "expected stages as DVC writes them"),
-    "dvc.lock binary": ("dvc.lock", lambda _: "\0", "unacceptable character"),
+    "dvc.lock with a conflict": ("dvc.lock", lambda text: merge(text, "md5:"), "line 11: could not find expected ':'"),
+    "dvc.lock empty": ("dvc.lock", lambda _: "", "validation failed"),
+    "dvc.lock cut": ("dvc.lock", lambda text: text[:31], "validation failed"),
+    "dvc.lock a list": ("dvc.lock", lambda _: "stages: []", "validation failed"),
+    "dvc.lock of nothing": ("dvc.lock", lambda _: "stages:\n  train:\n", "validation failed"),
+    "dvc.lock binary": ("dvc.lock", lambda _: "\0", "YAML file structure is corrupted"),
     "dvc.yaml with a conflict": ("dvc.yaml", lambda text: merge(text, "desc:"), "line 4: could not find expected ':'"),
-    "dvc.yaml empty": ("dvc.yaml", lambda _: "", "expected stages as DVC writes them"),
+    "dvc.yaml a list": ("dvc.yaml", lambda _: "stages: []", "validation failed"),
 }
 CURES = {
     "dvc.lock": "; remove it, and `dvc repro` makes it again",
-    "dvc.yaml": "; `git checkout dvc.yaml` brings it back",
+    "dvc.yaml": "; `git checkout` brings it back",
 }
 
 
@@ -475,9 +476,12 @@ def test_a_file_that_was_merged_badly_is_named_with_its_cure(
     for file in CURES:
         text = (finished_project.folder / file).read_text()
         (tmp_path / file).write_text(change(text) if file == name else text)
-    with pytest.raises(StageError) as raised:
-        Pipeline(tmp_path)
-    assert str(tmp_path / name) in str(raised.value)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    opened = DVCProject(tmp_path)
+    with pytest.raises(UserError) as raised:
+        list(opened.stages)
+    assert name in str(raised.value)
     assert expected in str(raised.value)
     assert str(raised.value).endswith(CURES[name])
 
@@ -488,12 +492,16 @@ def test_audit_sync_and_the_recorder_name_a_bad_merge_and_the_cure_cures(
     lock = project.folder / "dvc.lock"
     text = lock.read_text()
     lock.write_text(merge(text, "md5:"))
-    told = f"cannot read {lock}: line 10: could not find expected ':'{CURES['dvc.lock']}"
+    told = (
+        "DVC cannot read the pipeline: unable to read: 'dvc.lock', YAML file structure is corrupted "
+        f"(line 11: could not find expected ':'){CURES['dvc.lock']}"
+    )
     for command in ("audit", "sync"):
         result = project.command(command, check=False)
         assert (result.returncode, result.stderr) == (1, f"error: {told}\n")
-    result = project.run(*Pipeline(finished_project.folder).stages["fetch"]["cmd"].split())
-    assert result.stderr == f"warning: {told}; `make sync` records this when it can\n"
+    command = Pipeline(finished_project.folder).stages["fetch"]["cmd"].split()
+    result = project.run(*command, DVC_STAGE="fetch")
+    assert result.stderr == f"warning: {told}; `dvc-mlflow sync` records this when it can\n"
     result = project.dvc("repro", check=False)
     assert result.returncode != 0
     assert "'./dvc.lock' is invalid (possible merge conflicts)." in result.stderr

@@ -18,30 +18,34 @@ from conftest import Project, Store, copy, environment
 from dvc.utils.serialize import load_yaml
 from mlflow.entities import LoggedModelStatus
 
-from stages.pipeline import md5
+from stages.stage import md5
 
 STAGES = ("fetch", "train", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LONGEST = {"fetch": 2.5, "train": 4.0, "evaluate": 3.5}  # seconds after its start, in which a stage is killed
 
 
-def only_the_stage(dvc: psutil.Process, stage: psutil.Process, number: signal.Signals) -> None:
-    stage.send_signal(number)
+def only_the_stage(dvc: psutil.Process, found: list[psutil.Process], number: signal.Signals) -> None:
+    found[-1].send_signal(number)
 
 
-def the_foreground(dvc: psutil.Process, stage: psutil.Process, number: signal.Signals) -> None:
+def only_the_launcher(dvc: psutil.Process, found: list[psutil.Process], number: signal.Signals) -> None:
+    found[0].send_signal(number)
+
+
+def the_foreground(dvc: psutil.Process, found: list[psutil.Process], number: signal.Signals) -> None:
     """What a terminal does on Ctrl-C: DVC, its shell and the stage, but not the recorder."""
     os.killpg(dvc.pid, number)
 
 
-def everything(dvc: psutil.Process, stage: psutil.Process, number: signal.Signals) -> None:
+def everything(dvc: psutil.Process, found: list[psutil.Process], number: signal.Signals) -> None:
     """As a power cut does, the recorder included."""
     for process in [dvc, *dvc.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
 
 
-Whom = Callable[[psutil.Process, psutil.Process, signal.Signals], None]
+Whom = Callable[[psutil.Process, list[psutil.Process], signal.Signals], None]
 
 
 def kill(project: Project, stage: str, number: signal.Signals, whom: Whom, when: Callable[[Path], bool]) -> int:
@@ -57,8 +61,8 @@ def kill(project: Project, stage: str, number: signal.Signals, whom: Whom, when:
             found = [child for child in descendants(dvc) if f"stages.{stage}" in cmdline(child)]
             if found and when(output):
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                    whom(dvc, found[0], number)
-                    killed = found[0].pid
+                    whom(dvc, found, number)
+                    killed = found[0].pid  # the launcher's, which owns the run
             time.sleep(0.01)
         process.wait(60)
     text = output.read_text()
@@ -133,7 +137,9 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
         project = copy(fresh_project, tmp_path / str(number))
         for place, stage in enumerate(STAGES):
             how = SIGNALS[(number + place) % 3]
-            whom = rng.choice([only_the_stage, the_foreground, *([everything] if how == signal.SIGKILL else [])])
+            whom = rng.choice(
+                [only_the_stage, only_the_launcher, the_foreground, *([everything] if how == signal.SIGKILL else [])]
+            )
             seconds = rng.uniform(0, LONGEST[stage])
             print(f"round {number}: {how.name} to {whom.__name__} {seconds:.2f} s after the start of {stage}")
             killed.add(kill(project, stage, how, whom, after(seconds)))
@@ -144,7 +150,7 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
     record_property("kills survived", kills)
 
 
-@pytest.mark.parametrize("whom", [only_the_stage, everything])
+@pytest.mark.parametrize("whom", [only_the_launcher, everything])
 def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, project: Project) -> None:
     project.set("train.epochs", 8)
     project.set("train.batch_size", 1)
@@ -170,7 +176,8 @@ def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, project: P
 
 
 def test_a_store_that_was_cut_off_while_it_was_made_is_made_again(new_project: Project) -> None:
-    make = [sys.executable, "-c", "from pathlib import Path; from stages.store import Store; Store(Path.cwd())"]
+    code = "from pathlib import Path; from dvc_mlflow import project, store; store.Store(project.Project(Path.cwd()))"
+    make = [sys.executable, "-c", code]
     process = subprocess.Popen(make, cwd=new_project.folder, env=environment())
     while not any(path.stat().st_size for path in new_project.folder.glob("mlflow.db*")):
         assert process.poll() is None

@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Project, Store, copy
+from conftest import ROOT, Pipeline, Project, Store, copy
 
-from stages.pipeline import Pipeline, md5
+from stages.stage import md5
 
 
 def lineage(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -87,11 +87,13 @@ def test_a_restore_that_differs_is_told(finished_project: Project, tmp_path: Pat
     project = copy(finished_project, tmp_path)
     store = Store(project)
     run = store.run("train")
-    store.client.set_tag(run.info.run_id, "dvc.outs.metrics/train.json", "0" * 32)
+    artifact = project.folder / "mlartifacts" / run.info.run_id / "artifacts/execution.json"
+    artifact.write_text(artifact.read_text().replace(project.md5s()["metrics/train.json"], "0" * 32))
     result = lineage(project, run.info.run_id, "--restore", str(tmp_path / "again"), check=False)
     assert result.returncode == 1
-    assert f"expected {'0' * 32}  metrics/train.json, found " in result.stdout
-    assert "error: 1 file(s) in" in result.stderr
+    assert f"expected {'0' * 32}  metrics/train.json, found " in result.stderr
+    assert "error: 1 file(s) are not those of run" in result.stderr
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["0" * 32], ["params.yaml"], ["x", "--restore", "."]])

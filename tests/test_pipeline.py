@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Project, copy, ran
+from conftest import ROOT, Pipeline, Project, copy, ran
 from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml
 
-from stages.pipeline import Pipeline, flatten, md5
+from dvc_mlflow.execution import flatten
+from stages.stage import md5
 
 PIPELINE = Pipeline(ROOT)
 STAGES = set(PIPELINE.stages)
 PARAMS = load_yaml(ROOT / "params.yaml")
 
-# In no stage's deps. params.py only checks what DVC tracks; nothing of the others reaches an out.
-UNTRACKED = {"__init__", "params", "tracking", "recorder", "store", "pipeline", "serving"}
+# In no stage's deps. params.py only checks what DVC tracks; serving.py is for MLflow.
+UNTRACKED = {"__init__", "params", "serving"}
 
 
 def imports(module: str) -> set[str]:
@@ -65,9 +66,10 @@ def test_no_module_imports_a_stage_and_each_library_has_its_place(module: str) -
     assert not own_imports(module) & STAGES
     libraries = {name.split(".")[0] for name in imports(module)}
     assert "torchvision" not in libraries
-    assert "mlflow" not in libraries or module in ("store", "serving")
+    assert "mlflow" not in libraries or module == "serving"
+    assert "dvc_mlflow" not in libraries
     if module in STAGES:
-        assert not closure(module) & {"recorder", "store", "pipeline", "serving"}
+        assert not closure(module) & {"serving"}
     if module in closure("fetch"):
         assert not libraries & {"torch", "pandas", "matplotlib", "sklearn"}
 
@@ -171,7 +173,7 @@ def test_a_fresh_clone_runs_every_stage_and_gets_the_same_bits(finished_project:
 
 def test_metrics_show_shows_the_metrics_files(finished_project: Project) -> None:
     shown = json.loads(finished_project.dvc("metrics", "show", "--json").stdout)[""]["data"]
-    assert set(shown) == {"metrics/train.json", "metrics/evaluate.json"}
+    assert set(shown) == {"metrics/train.json", "metrics/evaluate.json", "metrics/per_class.json"}
     for path, entry in shown.items():
         assert entry["data"] == json.loads((finished_project.folder / path).read_text())
 

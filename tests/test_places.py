@@ -123,7 +123,7 @@ def test_without_git_stages_run_and_what_needs_it_says_so_in_one_line(
     assert "mlflow.source.git.commit" not in evaluate.data.tags
     for command in (
         ["python", "-m", "commands.replicate", "--seeds", "1"],
-        ["python", "-m", "commands.lineage", train.info.run_id, "--restore", str(tmp_path / "again")],
+        ["python", "-m", "dvc_mlflow", "lineage", train.info.run_id, "--restore", str(tmp_path / "again")],
         ["make", "repro"],
     ):
         failed = project.run(*command, check=False, PATH=without_git)

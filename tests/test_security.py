@@ -17,14 +17,13 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
-from conftest import ROOT, Project, Served, Store, free_port, ran
+from conftest import Pipeline, Project, ROOT, Served, Store, free_port, ran
 from dvc.utils.serialize import modify_yaml
 from PIL import Image
 from pydantic import ValidationError
 
 from stages import fetch
 from stages.params import File, read_params
-from stages.pipeline import Pipeline
 from stages.stage import StageError, hide_credentials
 
 TRAIN_SET, TEST_SET, MODEL = (

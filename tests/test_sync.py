@@ -11,17 +11,21 @@ import pytest
 from conftest import Project, Store, copy
 from mlflow.entities import Run
 
-from stages.params import read_params, read_values
-from stages.pipeline import Pipeline
-from stages.store import _process_tags
+from dvc_mlflow.project import Project as DVCProject
+from dvc_mlflow.store import process_tags
+from stages.params import read_params
 
 STAGES = ("fetch", "train", "evaluate")
 
 
 def content(store: Store, run: Run) -> dict[str, Any]:
     """All of a run that must be the same however it was recorded."""
-    own = {"restored", "source", "device", "mlflow.parentRunId", "mlflow.source.git.commit", "git.dirty", "mlflow.user"}
-    tags = {key: value for key, value in run.data.tags.items() if key not in own and not key.startswith("process.")}
+    own = {"restored", "mlflow.parentRunId", "mlflow.source.git.commit", "git.dirty", "mlflow.user"}
+    tags = {
+        key: value
+        for key, value in run.data.tags.items()
+        if key not in own and not key.startswith(("process.", "version."))
+    }
     curves = {key: store.curve(run, key) for key in run.data.metrics}
     datasets = [entry.dataset for entry in run.inputs.dataset_inputs] if run.inputs else []
     artifacts = {file.path for file in store.client.list_artifacts(run.info.run_id)}
@@ -90,10 +94,16 @@ def test_sync_changes_nothing_after_repro(finished_project: Project, tmp_path: P
 def test_sync_records_nothing_of_outs_that_are_not_there(finished_project: Project, tmp_path: Path) -> None:
     project = copy(finished_project, tmp_path)
     (project.folder / "mlflow.db").unlink()
-    (project.folder / "models/lenet.safetensors").unlink()
-    lines = sync(project)
+    path = "models/lenet.safetensors"
+    digest = project.md5s()[path]
+    (project.folder / path).unlink()
+    (project.folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
+    result = project.command("sync", check=False)
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
     assert lines[1] == (
-        "train: not recorded, models/lenet.safetensors is not as in dvc.lock; `dvc checkout` or `dvc repro` first"
+        "train: not recorded: models/lenet.safetensors is not as in dvc.lock, nor in DVC's cache; "
+        "`dvc checkout` or `dvc pull` first"
     )
     assert Store(project).runs("train") == []
 
@@ -103,11 +113,11 @@ def test_numbers_are_to_sync_what_they_were_to_the_stage(project: Project, monke
     project.set("train.lr", 1)
     project.dvc("commit", "--force", "train")
     monkeypatch.chdir(project.folder)
-    pipeline = Pipeline(project.folder)
-    locked = pipeline.locked("train")
+    opened = DVCProject(project.folder)
+    locked = opened.locked("train")
     assert locked
-    assert locked.params["train"]["lr"] == read_params().train.lr
-    assert pipeline.starting("train", read_values()).fingerprint == locked.fingerprint
+    assert locked.params["params.yaml"]["train"]["lr"] == read_params().train.lr
+    assert opened.starting("train").fingerprint == locked.fingerprint
 
 
 def test_runs_of_dead_processes_are_closed_and_those_of_living_ones_are_not(project: Project) -> None:
@@ -121,15 +131,17 @@ def test_runs_of_dead_processes_are_closed_and_those_of_living_ones_are_not(proj
 
     dead = begin(**{"process.pid": living["process.pid"], "process.created": living["process.created"]})
     reused = begin(**{"process.pid": str(os.getpid()), "process.created": "1.0"})
-    alive = begin(**_process_tags(os.getpid()))
+    alive = begin(**process_tags(os.getpid()))
     ended = subprocess.Popen(["sleep", "60"])
-    zombie = begin(**_process_tags(ended.pid))
+    zombie = begin(**process_tags(ended.pid))
     ended.kill()
     while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     elsewhere = begin(**{"process.host": "another-host", "process.pid": "1", "process.created": "1.0"})
     lines = sync(project)
-    assert sorted(lines[3:]) == sorted(f"closed run {run_id} as KILLED" for run_id in (dead, reused, zombie))
+    assert sorted(lines[:-3]) == sorted(
+        f"closed run {run_id}, whose process is gone" for run_id in (dead, reused, zombie)
+    )
     status = {run_id: store.client.get_run(run_id).info.status for run_id in (dead, reused, zombie, alive, elsewhere)}
     killed = {dead: "KILLED", reused: "KILLED", zombie: "KILLED"}
     assert status == {**killed, alive: "RUNNING", elsewhere: "RUNNING"}

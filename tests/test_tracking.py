@@ -14,8 +14,9 @@ from conftest import TEST_SIZE, Project, Store, environment, ran
 from dvc.utils.serialize import load_yaml, modify_yaml
 from safetensors import safe_open
 
+from dvc_mlflow.execution import flatten
 from stages.dataset import read_dataset
-from stages.pipeline import Pipeline, flatten, md5
+from stages.stage import md5
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +67,8 @@ def test_the_metrics_are_those_of_the_metrics_files(store: Store, finished_proje
     assert {key: training[key] for key in evaluated} == evaluated
     trained = json.loads((metrics / "train.json").read_text())
     assert {key: training[key] for key in trained} == trained
-    with (metrics / "per_class.csv").open() as file:
-        for row in csv.DictReader(file):
-            for key in ("precision", "recall", "f1"):
-                assert evaluation[f"{key}.{row['class']}"] == float(row[key])
+    per_class = flatten(json.loads((metrics / "per_class.json").read_text()))
+    assert {key: evaluation[key] for key in per_class} == per_class
 
 
 def test_an_evaluate_run_is_the_child_of_the_run_that_made_its_model(store: Store) -> None:
@@ -84,7 +83,7 @@ def test_the_data_sets_are_inputs_with_the_hash_that_dvc_knows(store: Store, fin
         assert inputs
         datasets = [entry.dataset for entry in inputs.dataset_inputs]
         found = sorted((dataset.name, dataset.digest) for dataset in datasets)
-        assert found == [(f"fashion-mnist/{name}", md5s[f"data/fashion-mnist/{name}.safetensors"]) for name in names]
+        assert found == [(f"fashion-mnist-{name}", md5s[f"data/fashion-mnist/{name}.safetensors"]) for name in names]
 
 
 def test_the_model_is_logged_without_pickle_and_says_what_evaluate_said(
@@ -123,21 +122,14 @@ def test_the_model_is_logged_without_pickle_and_says_what_evaluate_said(
     for size in (1, 7):
         few = loaded.predict(dataset.images[:size])[dataset.classes].to_numpy()
         assert np.allclose(few, probabilities[:size], atol=1e-6)
-    example = model_input_example(folder)
-    assert example.shape == (1, 28, 28)
-    assert len(loaded.predict(example)) == 1
-
-
-def model_input_example(folder: Path) -> np.ndarray:
-    """The example that the model carries."""
-    return np.asarray(json.loads((folder / "serving_input_example.json").read_text())["inputs"], np.uint8)
+    assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, 28, 28)
 
 
 def start(project: Project, *command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["python", *command],
+        command,
         cwd=project.folder,
-        env=environment(),
+        env=environment() | {"DVC_STAGE": "train"},  # as DVC starts it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -149,7 +141,7 @@ def test_a_stage_that_is_ended_by_a_signal_has_a_killed_run(number: signal.Signa
     project.set("train.epochs", 1000)
     project.set("train.batch_size", 1)  # an epoch takes long enough for MLflow to keep up
     command = load_yaml(project.folder / "dvc.yaml")["stages"]["train"]["cmd"].split()
-    process = start(project, *command[1:])
+    process = start(project, *command)
     assert process.stdout
     assert process.stdout.readline().startswith("epoch 1/")
     process.send_signal(number)
@@ -224,13 +216,6 @@ def test_a_dirty_tree_is_one_whose_own_files_changed(project: Project) -> None:
     assert Store(project).runs("evaluate")[0].data.tags["git.dirty"] == "true"
 
 
-def test_the_pipeline_knows_its_files(finished_project: Project) -> None:
-    pipeline = Pipeline(finished_project.folder)
-    assert pipeline.upstream("evaluate") == {"fetch", "train"}
-    assert pipeline.upstream("fetch") == set()
-    assert pipeline.hash(pipeline.outs("train")).items() <= finished_project.md5s().items()
-
-
 def test_stages_that_were_added_or_written_in_another_way_cost_no_record(project: Project) -> None:
     with modify_yaml(project.folder / "dvc.yaml") as content:
         stages = content["stages"]
@@ -239,20 +224,18 @@ def test_stages_that_were_added_or_written_in_another_way_cost_no_record(project
         stages["train"]["deps"].append("data/count")  # between two others
         stages["evaluate"]["params"] = ["evaluate.batch_size", "evaluate.device", "evaluate.threads"]
         stages["evaluate"]["cmd"] = ["true", stages["evaluate"]["cmd"]]
-        stages["stamp"] = {"cmd": "python stamp.py", "outs": ["data/stamp"]}
-    (project.folder / "stamp.py").write_text(
-        "from stages import tracking\nwith tracking.run('stamp'):\n    open('data/stamp', 'w').close()\n"
-    )
+        stages["stamp"] = {"cmd": "dvc-mlflow run touch data/stamp", "outs": ["data/stamp"]}
     result = project.dvc("repro")
     assert ran(result.stdout) == ["count", "train", "evaluate", "stamp"]
     assert "warning" not in result.stderr
     run = Store(project).runs("evaluate")[0]
     assert run.data.params["evaluate.batch_size"] == "1000"
-    assert run.data.tags["dvc.cmd"].startswith("true && python -m stages.evaluate ")
+    assert run.data.tags["dvc.cmd"].startswith("true\ndvc-mlflow run python -m stages.evaluate ")
     assert Store(project).run("stamp").info.status == "FINISHED"
+    project.command("sync")  # the one of them that no launcher records
     project.command("audit")
     (project.folder / "mlflow.db").unlink()
-    assert len(project.command("sync").stdout.splitlines()) == len(STAGES)
+    assert len(project.command("sync").stdout.splitlines()) == len(STAGES) + 2
     project.command("audit")
 
 
@@ -265,8 +248,9 @@ def test_long_values_and_names_that_mlflow_refuses_are_recorded(project: Project
         [f"http://127.0.0.1/{'x' * 200}/", *load_yaml(project.folder / "params.yaml")["fetch"]["mirrors"]],
     )
     assert project.repro() == list(STAGES)
-    (run,) = [run for run in Store(project).runs("evaluate") if "f1.Shirt _ tie 0" in run.data.metrics]
-    assert {"f1.Shirt _ tie 1", "f1.a__b 2", "f1.a_.._b 3"} <= run.data.metrics.keys()
+    run = Store(project).runs("evaluate")[0]
+    names = sorted(name.rpartition("-")[0] for name in run.data.metrics if name.startswith("f1.") and "-" in name)
+    assert names == ["f1.Shirt _ tie", "f1.Shirt _ tie", "f1.a____b", "f1.a__b"]
     assert all(len(run.info.run_name or "") <= 250 for stage in STAGES for run in Store(project).runs(stage))
     project.command("audit")
 

@@ -8,11 +8,11 @@ import pytest
 from conftest import ROOT, Project, Store, copy, ran
 from mlflow.entities import Run
 
-from stages.pipeline import md5
+from stages.stage import md5
 
 WAYS = {
     "`dvc repro`": "a run for each stage that ran",
-    "`dvc repro` after a revert, from the run cache": "no new run: the former ones are of these bytes",
+    "`dvc repro` after a revert, from the run cache": "no new run: existing runs cover these outputs",
     "`dvc repro` after a kill": "the killed run goes on, with the tag `resumed`",  # tests/test_kills.py
     "`dvc exp run`": "a run for each stage that ran, under the experiment's name, with its baseline commit",
     "`dvc exp run --temp`, `--queue` with `dvc queue start -j 4`": "the same, in the real project's store",
@@ -85,7 +85,7 @@ def test_experiments_in_the_workspace_and_in_a_temporary_folder(project: Project
         assert (run.data.tags["dvc.exp_name"], run.data.tags["dvc.exp_baseline_rev"]) == (name, head)
         assert (run.data.params["evaluate.batch_size"], run.info.status) == (size, "FINISHED")
         assert run.data.tags["mlflow.parentRunId"] == store.run("train").info.run_id
-        assert (project.folder / "mlartifacts" / run.info.run_id / "artifacts" / "evaluate.json").exists()
+        assert (project.folder / "mlartifacts" / run.info.run_id / "artifacts/metrics/evaluate.json").exists()
 
 
 def test_five_queued_experiments_on_four_workers_and_a_new_store(project: Project) -> None:
@@ -114,7 +114,7 @@ def test_five_queued_experiments_on_four_workers_and_a_new_store(project: Projec
         assert run.data.metrics["test_accuracy"] == train.data.metrics["test_accuracy"]
         assert run.inputs
         assert len(run.inputs.dataset_inputs) == 1
-        assert (project.folder / "mlartifacts" / run.info.run_id / "artifacts" / "evaluate.json").exists()
+        assert (project.folder / "mlartifacts" / run.info.run_id / "artifacts/metrics/evaluate.json").exists()
 
     before = all_runs(store)
     project.dvc("exp", "apply", "size-3")
