@@ -29,7 +29,6 @@ from mlflow.entities import Metric, Param
 from tqdm import tqdm
 
 from stages.dataset import Dataset, read_dataset, write_dataset
-from stages.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
@@ -38,19 +37,7 @@ ACCURACY = 0.8786  # what the plain program's own recipe reaches where it is luc
 DATA = {part: f"data/fashion-mnist/{part}.safetensors" for part in ("train", "test")}
 RUNS = 2000
 
-NO_TRACKING = """
-import contextlib
-
-class Run:
-    def set_tag(self, key, value): pass
-    def log_metrics(self, metrics, step): pass
-
-def start_recorder(): pass
-
-@contextlib.contextmanager
-def run(stage):
-    yield Run()
-"""
+PREFIX = "dvc-mlflow run "  # of the commands in dvc.yaml
 
 
 @dataclass
@@ -117,7 +104,8 @@ class Bench:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
         if not tracking:
-            (folder / "stages" / "tracking.py").write_text(NO_TRACKING)
+            pipeline = folder / "dvc.yaml"
+            pipeline.write_text(pipeline.read_text(encoding="utf-8").replace(PREFIX, ""), encoding="utf-8")
         with modify_yaml(folder / "params.yaml") as values:
             values["train"] |= params
         run(["git", "init", "-q"], folder)
@@ -141,7 +129,7 @@ class Bench:
     def train(self, data: Path | None = None, **params: Any) -> tuple[list[float], float, float]:
         """Train without tracking: images/s of each epoch, peak memory in MiB, test accuracy."""
         folder = self.copy(tracking=False, **params)
-        stages = Pipeline(folder).stages
+        stages = load_yaml(folder / "dvc.yaml")["stages"]
         for part in DATA:
             (folder / DATA[part]).parent.mkdir(parents=True, exist_ok=True)
             (folder / DATA[part]).symlink_to(ROOT / DATA[part])
@@ -284,18 +272,15 @@ def measure_store(bench: Bench) -> Row:
     few, many = folder / "mlflow.db", folder / "many.db"
     shutil.copyfile(few, many)
     fill(f"sqlite:///{many}")
-    params = load_yaml(folder / "params.yaml")
-    now = int(time.time() * 1000)
-    start = {"event": "start", "stage": "evaluate", "folder": str(folder), "params": params, "time": now}
-    end = {"event": "end", "status": "FINISHED"}
-    said = (start | {"pid": os.getpid()}, end, {"event": "succeeded"})
-    events = "".join(json.dumps(event) + "\n" for event in said)
+    now, command = int(time.time() * 1000), load_yaml(folder / "dvc.yaml")["stages"]["evaluate"]["cmd"]
+    start = {"stage": "evaluate", "command": command.split()[2:], "time": now, "pid": os.getpid()}
+    events = "".join(json.dumps(event) + "\n" for event in (start, {"status": "FINISHED"}, {"succeeded": True}))
     seconds: dict[Path, list[float]] = {few: [], many: []}
     for _ in tqdm(range(8), "2,000 runs", disable=None):
         for store, values in seconds.items():
             began = time.perf_counter()
-            env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
-            command = [sys.executable, "-m", "stages.recorder"]
+            env = os.environ | {"DVC_STAGE": "evaluate", "MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
+            command = [sys.executable, "-m", "dvc_mlflow.recorder"]
             subprocess.run(command, cwd=folder, input=events, text=True, env=env, check=True, capture_output=True)
             values.append(time.perf_counter() - began)
     name = f"tracking of a stage, {RUNS:,} runs in the SQLite store, against 3"

@@ -80,7 +80,8 @@ def _read_revision(name: str) -> Result:
         sys.exit(f"error: expected a result of that name, found none for {name}: {reason}; `dvc exp show` lists them")
     if stale := _not_run(lock, params):
         sys.exit(f"error: expected the result of what {name} has, found that {stale} was not run; `dvc repro` first")
-    return Result(name, flatten(params), metrics, predictions)
+    of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not those by class
+    return Result(name, flatten(params), of_all, predictions)
 
 
 def _not_run(lock: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:

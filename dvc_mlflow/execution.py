@@ -41,7 +41,7 @@ class Declared:
     curves: tuple[Curves, ...] = ()
     datasets: Mapping[str, str] = field(default_factory=dict)  # name: path
     models: Mapping[str, str] = field(default_factory=dict)  # name: path
-    model_meta: Mapping[str, Any] = field(default_factory=dict)  # name: meta
+    model_meta: Mapping[str, Any] = field(default_factory=dict)  # name: meta, with the `desc` of the artifact
     models_read: Mapping[str, str] = field(default_factory=dict)  # name: path, of the models among its deps
     prefix: str = ""  # of its metrics on the run that made its model: several stages read that model
 

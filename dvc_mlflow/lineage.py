@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -92,18 +93,24 @@ def show_run(store: Store, run: Run, folder: Path | None) -> None:
     restore(store, run, execution, steps, folder)
 
 
+def _git(folder: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Ask git. Raises UserError if there is none."""
+    try:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("expected git, found none; install it, or activate the environment") from None
+
+
 def commands(store: Store, run: Run, folder: Path) -> list[list[str]]:
     """The commands that bring the run's files back in a new folder: from DVC's cache, the remote, or by computing."""
     tags, project = run.data.tags, store.project
-    top = subprocess.run(
-        ["git", "-C", str(project.folder), "rev-parse", "--show-toplevel"], capture_output=True, text=True
-    )
+    top = _git(project.folder, "rev-parse", "--show-toplevel")
     source = top.stdout.strip() or str(project.folder)
     inner = folder / project.folder.resolve().relative_to(Path(source).resolve())
     cache = Path(project.repo.cache.local.path).resolve()
     database = cache.parent.parent if cache.name == "md5" else cache
     commit = tags["mlflow.source.git.commit"]
-    if subprocess.run(["git", "-C", source, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True).returncode:
+    if _git(source, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
         raise UserError(f"git does not have commit {commit[:12]} here; `git fetch --all` or `dvc exp pull` brings it")
     steps = [
         ["git", "clone", "--quiet", "--shared", "--no-checkout", source, str(folder)],
@@ -135,12 +142,8 @@ def commands(store: Store, run: Run, folder: Path) -> list[list[str]]:
 
 def restore(store: Store, run: Run, execution: Execution | None, steps: list[list[str]], folder: Path) -> None:
     """Take the steps and compare every hash. Raises UserError; no half-made folder stays."""
-    import shutil
-
     project = store.project
-    top = subprocess.run(
-        ["git", "-C", str(project.folder), "rev-parse", "--show-toplevel"], capture_output=True, text=True
-    )
+    top = _git(project.folder, "rev-parse", "--show-toplevel")
     inner = folder / project.folder.resolve().relative_to(Path(top.stdout.strip()).resolve())
     try:
         for step in steps:

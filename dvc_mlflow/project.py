@@ -151,7 +151,10 @@ class Project:
             curves=tuple(dict.fromkeys(curve for curve in curves if own(curve.path))),
             datasets={name: path for name, (path, value) in near.items() if value.get("type") == "dataset"},
             models=models,
-            model_meta={name: artifacts[name][1].get("meta") or {} for name in models},
+            model_meta={
+                name: {"desc": artifacts[name][1].get("desc", ""), **(artifacts[name][1].get("meta") or {})}
+                for name in models
+            },
             models_read={name: path for name, path in self.model_paths().items() if path in deps},
             prefix=self._prefix(stage, deps),
         )

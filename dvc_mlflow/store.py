@@ -326,6 +326,8 @@ class Store:
         for name, digest in content.models.items():
             path, meta = execution.declared.models[name], execution.declared.model_meta.get(name, {})
             tags = {f"dvc.outs.{path}": digest, "mlflow.source.name": execution.stage}
+            if meta.get("desc"):
+                tags["mlflow.note.content"] = valid_value(str(meta["desc"]))
             existing = self.models_of(run_id, path)
             ready = [model for model in existing if model.status == LoggedModelStatus.READY]
             known = self._model_ids(run_id)

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from commands.predict import read_image
-from stages import fetch, tracking
+from stages import fetch
 from stages.checkpoint import Checkpoint
 from stages.dataset import Dataset, check_dataset, read_dataset, write_dataset
 from stages.device import set_up_device
@@ -524,16 +524,6 @@ def test_pictures(try_all: TryAll, tmp_path: Path) -> None:
 # --- params that are valid, and extreme
 
 
-class Listener(tracking.Run):
-    """A run that nothing records."""
-
-    def __init__(self) -> None:
-        pass
-
-    def log_metrics(self, metrics: Any, step: int) -> None:
-        assert step > 0
-
-
 SETS = {size: make_images(np.arange(size, dtype=np.uint8) % 10, np.random.default_rng(0)) for size in (1, 2, 41)}
 SETS[3] = np.full((3, 28, 28), 255, np.uint8)
 extreme_params = st.fixed_dictionaries(
@@ -557,7 +547,13 @@ extreme_params = st.fixed_dictionaries(
 
 def train_model(dataset: Dataset, params: Train) -> tuple[LeNet, list[dict]]:
     device = set_up_device("cpu", 1)
-    return train(dataset, params, device, Listener(), Checkpoint(params, dataset, device))
+    reported: list[int] = []
+    model, history = train(
+        dataset, params, device, Checkpoint(params, dataset, device), lambda rows: reported.append(len(rows))
+    )
+    assert reported == sorted({*reported})
+    assert 0 not in reported
+    return model, history
 
 
 def test_extreme_params(try_all: TryAll, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Pipeline, Project
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_train import CPU, Listener, bits, fit, make_dataset, make_params
@@ -20,20 +21,23 @@ EPOCHS = 4
 
 
 class CutOff(Listener):
-    """Ends the training, as Ctrl-C does, once this epoch is logged."""
+    """Ends the training, as Ctrl-C does, once this epoch is reported."""
 
     def __init__(self, epoch: int) -> None:
         super().__init__()
         self.epoch = epoch
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        super().log_metrics(metrics, step)
-        if step == self.epoch:
+    def __call__(self, history: list[dict[str, Any]]) -> None:
+        super().__call__(history)
+        if len(history) == self.epoch:
             raise KeyboardInterrupt
 
 
 def steps(listener: Listener) -> list[int]:
-    return [step for step, _ in listener.logged]
+    """The epochs after which train reported, each with all epochs up to it."""
+    for history in listener.reports:
+        assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
+    return [len(history) for history in listener.reports]
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +186,16 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_line_and_no_more(capsys: py
     assert steps(rest) == [1, 2]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no checkpoint of epoch 1: cannot write ")
+
+
+def test_a_training_that_was_cut_off_after_its_last_epoch_writes_its_history(project: Project) -> None:
+    command = Pipeline(project.folder).stages["train"]["cmd"].removeprefix("dvc-mlflow run ").split()
+    model, history = project.folder / "models/lenet.safetensors", project.folder / "metrics/history.csv"
+    expected = model.read_bytes(), history.read_bytes()
+    model.unlink()
+    model.mkdir()  # nothing can be renamed to it: the training ends before it has written its model
+    assert "cannot write models/lenet.safetensors" in project.run(*command, check=False).stderr
+    model.rmdir()
+    history.unlink()
+    assert "going on after epoch 3/3, from a checkpoint" in project.run(*command).stdout
+    assert (model.read_bytes(), history.read_bytes()) == expected

@@ -13,13 +13,14 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT, TEST_SIZE, TRAIN_SIZE, make_idx
 
-from stages import fetch, tracking
+from stages import fetch
 from stages.dataset import read_dataset
 from stages.params import Fetch, File, read_params
 from stages.stage import StageError
@@ -42,6 +43,26 @@ def params(tiny_files: dict[str, bytes], mirror: str, tmp_path: Path, monkeypatc
     }
     classes = [str(digit) for digit in range(10)]
     return Fetch(mirrors=[mirror], files=type(files)(**entries), classes=classes)
+
+
+class Fetched(NamedTuple):
+    source: str  # as the one line on standard output names it
+    contents: dict[str, bytes]
+    errors: str  # standard error
+
+
+@pytest.fixture
+def fetched(capsys: pytest.CaptureFixture[str]) -> Callable[[Fetch], Fetched]:
+    """Call fetch, which must say in one line where it has the data set from."""
+
+    def call(params: Fetch) -> Fetched:
+        contents = fetch.fetch(params)
+        said = capsys.readouterr()
+        (line,) = said.out.splitlines()
+        assert line.startswith("fetched from ")
+        return Fetched(line.removeprefix("fetched from "), contents, said.err)
+
+    return call
 
 
 def fill(folder: Path, params: Fetch, contents: dict[str, bytes]) -> None:
@@ -123,23 +144,31 @@ TOO_SLOW = "too slow: under 300,000 bytes in 2 s"
 
 
 def test_the_environment_s_folder_comes_first(
-    params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    params: Fetch,
+    tiny_files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fetched: Callable[[Fetch], Fetched],
 ) -> None:
     fill(tmp_path / "mine", params, tiny_files)
     fill(tmp_path / "debian", params, tiny_files)
     monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path / "mine"))
-    source, contents = fetch.fetch(params)
+    source, contents, _ = fetched(params)
     assert source == f"FASHION_MNIST_DIR ({tmp_path / 'mine'})"
     assert contents == tiny_files
 
 
-def test_debian_s_folder_comes_before_the_mirrors(params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path) -> None:
+def test_debian_s_folder_comes_before_the_mirrors(
+    params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path, fetched: Callable[[Fetch], Fetched]
+) -> None:
     fill(tmp_path / "debian", params, tiny_files)
-    assert fetch.fetch(params) == (str(tmp_path / "debian"), tiny_files)
+    assert fetched(params)[:2] == (str(tmp_path / "debian"), tiny_files)
 
 
-def test_a_mirror_serves_when_no_folder_does(params: Fetch, tiny_files: dict[str, bytes], mirror: str) -> None:
-    assert fetch.fetch(params) == (mirror, tiny_files)
+def test_a_mirror_serves_when_no_folder_does(
+    params: Fetch, tiny_files: dict[str, bytes], mirror: str, fetched: Callable[[Fetch], Fetched]
+) -> None:
+    assert fetched(params)[:2] == (mirror, tiny_files)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +211,13 @@ def test_a_wrong_answer_is_reported_and_the_next_source_tried(
     tiny_files: dict[str, bytes],
     mirror: str,
     bad_mirror: Callable[[Answer], str],
-    capsys: pytest.CaptureFixture[str],
+    fetched: Callable[[Fetch], Fetched],
 ) -> None:
     bad = bad_mirror(answer)
-    source, contents = fetch.fetch(params.model_copy(update={"mirrors": [bad, mirror]}))
+    source, contents, errors = fetched(params.model_copy(update={"mirrors": [bad, mirror]}))
     assert source == mirror
     assert contents == tiny_files
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not from ")]
+    (line,) = [line for line in errors.splitlines() if line.startswith("not from ")]
     assert line.startswith(f"not from {bad}: ")
     assert any(word in line for word in reason.split("|")), line
 
@@ -247,20 +276,20 @@ def test_a_mirror_that_is_slow_or_has_no_end_costs_little_time_and_memory(
     tiny_files: dict[str, bytes],
     mirror: str,
     bad_mirror: Callable[[Answer], str],
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    fetched: Callable[[Fetch], Fetched],
 ) -> None:
     monkeypatch.setattr(fetch, "LOWEST_SECONDS", 2.0)
     monkeypatch.setattr(fetch, "READ_SECONDS", 0.5)
     start = time.monotonic()
     tracemalloc.start()
-    source, contents = fetch.fetch(params.model_copy(update={"mirrors": [bad_mirror(answer), mirror]}))
+    source, contents, errors = fetched(params.model_copy(update={"mirrors": [bad_mirror(answer), mirror]}))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert time.monotonic() - start < 20
     assert peak < 30_000_000
     assert (source, contents) == (mirror, tiny_files)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not from ")]
+    (line,) = [line for line in errors.splitlines() if line.startswith("not from ")]
     assert any(word in line for word in reason.split("|")), line
     assert len(line) < 500
 
@@ -285,29 +314,41 @@ def serve(params: Fetch, tiny_files: dict[str, bytes], header: bytes, pieces: in
 
 @pytest.mark.parametrize("header", [b"", b"Transfer-Encoding: chunked\r\n", b"Content-Encoding: gzip\r\n"])
 def test_a_mirror_need_not_say_how_long_a_file_is_nor_that_it_is_no_encoding(
-    header: bytes, params: Fetch, tiny_files: dict[str, bytes], bad_mirror: Callable[[Answer], str]
+    header: bytes,
+    params: Fetch,
+    tiny_files: dict[str, bytes],
+    bad_mirror: Callable[[Answer], str],
+    fetched: Callable[[Fetch], Fetched],
 ) -> None:
     url = bad_mirror(serve(params, tiny_files, header, pieces=3))
-    assert fetch.fetch(params.model_copy(update={"mirrors": [url]})) == (url, tiny_files)
+    assert fetched(params.model_copy(update={"mirrors": [url]}))[:2] == (url, tiny_files)
 
 
 def test_a_mirror_may_send_one_elsewhere(
-    params: Fetch, tiny_files: dict[str, bytes], mirror: str, bad_mirror: Callable[[Answer], str]
+    params: Fetch,
+    tiny_files: dict[str, bytes],
+    mirror: str,
+    bad_mirror: Callable[[Answer], str],
+    fetched: Callable[[Fetch], Fetched],
 ) -> None:
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         request.wfile.write(MOVED + mirror.encode() + request.path.encode() + b"\r\n\r\nelsewhere")
 
     url = bad_mirror(answer)
-    assert fetch.fetch(params.model_copy(update={"mirrors": [url]})) == (url, tiny_files)
+    assert fetched(params.model_copy(update={"mirrors": [url]}))[:2] == (url, tiny_files)
 
 
 def test_a_mirror_that_is_slow_and_keeps_the_lowest_rate_serves(
-    params: Fetch, tiny_files: dict[str, bytes], bad_mirror: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
+    params: Fetch,
+    tiny_files: dict[str, bytes],
+    bad_mirror: Callable[[Answer], str],
+    monkeypatch: pytest.MonkeyPatch,
+    fetched: Callable[[Fetch], Fetched],
 ) -> None:
     monkeypatch.setattr(fetch, "LOWEST_SECONDS", 0.3)
     monkeypatch.setattr(fetch, "LOWEST_BYTES", 10)
     url = bad_mirror(serve(params, tiny_files, b"", pieces=6, pause=0.12))
-    assert fetch.fetch(params.model_copy(update={"mirrors": [url]})) == (url, tiny_files)
+    assert fetched(params.model_copy(update={"mirrors": [url]}))[:2] == (url, tiny_files)
 
 
 @pytest.mark.usefixtures("no_apt")
@@ -320,7 +361,6 @@ def test_a_failure_leaves_nothing_behind_and_the_next_try_works(
 ) -> None:
     folder = tmp_path / "data"
     monkeypatch.setattr("sys.argv", ["fetch", "--train", str(folder / "train"), "--test", str(folder / "test")])
-    monkeypatch.setattr(tracking, "run", lambda _: contextlib.nullcontext(mock.Mock()))
     monkeypatch.setattr(fetch, "read_params", lambda: mock.Mock(fetch=params))
     before = sorted(tmp_path.rglob("*"))
     for answer in (reset, respond(b"", status=503), serve(params, {}, b"")):
@@ -336,7 +376,12 @@ def test_a_failure_leaves_nothing_behind_and_the_next_try_works(
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "long"])
 def test_what_is_no_gzip_file_of_a_fit_size_is_not_read(
-    kind: str, params: Fetch, tiny_files: dict[str, bytes], mirror: str, tmp_path: Path
+    kind: str,
+    params: Fetch,
+    tiny_files: dict[str, bytes],
+    mirror: str,
+    tmp_path: Path,
+    fetched: Callable[[Fetch], Fetched],
 ) -> None:
     path = tmp_path / "debian" / params.files.train_images.name
     fill(tmp_path / "debian", params, {key: content for key, content in tiny_files.items() if key != "train_images"})
@@ -347,7 +392,7 @@ def test_what_is_no_gzip_file_of_a_fit_size_is_not_read(
     else:
         path.touch()
         os.truncate(path, 1 << 40)
-    assert fetch.fetch(params) == (mirror, tiny_files)
+    assert fetched(params)[:2] == (mirror, tiny_files)
 
 
 @pytest.mark.usefixtures("no_apt")

@@ -17,11 +17,12 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
-from conftest import Pipeline, Project, ROOT, Served, Store, free_port, ran
+from conftest import ROOT, Pipeline, Project, Served, Store, free_port, ran
 from dvc.utils.serialize import modify_yaml
 from PIL import Image
 from pydantic import ValidationError
 
+from dvc_mlflow.text import without_credentials
 from stages import fetch
 from stages.params import File, read_params
 from stages.stage import StageError, hide_credentials
@@ -105,8 +106,10 @@ def test_fetch_refuses_pickles_and_goes_on_to_the_next_source(
         (tmp_path / file["name"]).write_bytes(pack(plant))
     monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path))
     monkeypatch.setattr(fetch, "DEBIAN_DIR", tmp_path / "nowhere")
-    assert fetch.fetch(read_params(new_project.folder / "params.yaml").fetch)[0] == mirror
-    (line,) = capsys.readouterr().err.splitlines()
+    fetch.fetch(read_params(new_project.folder / "params.yaml").fetch)
+    said = capsys.readouterr()
+    assert said.out == f"fetched from {mirror}\n"
+    (line,) = said.err.splitlines()
     assert re.match(r"not from FASHION_MNIST_DIR .*(is not a gzip file|expected .* bytes unpacked)", line)
 
 
@@ -114,7 +117,7 @@ def test_commands_refuse_or_ignore_pickles(project: Project, plant: bytes, tmp_p
     store, outs = Store(project), Pipeline(project.folder).outs("evaluate")
     train, evaluate = store.run("train"), store.run("evaluate")
     artifacts = project.folder / "mlartifacts" / evaluate.info.run_id / "artifacts"
-    (artifacts / "predictions.parquet").write_bytes(plant)
+    (artifacts / "metrics/predictions.parquet").write_bytes(plant)
     assert train.outputs
     (model,) = train.outputs.model_outputs
     (weights,) = (project.folder / "mlartifacts/models" / model.model_id).rglob("*.safetensors")
@@ -144,7 +147,9 @@ def test_commands_refuse_or_ignore_pickles(project: Project, plant: bytes, tmp_p
 
 def test_params_and_dvc_files_that_are_pickles_are_refused_in_one_line(project: Project, plant: bytes) -> None:
     (project.folder / "params.yaml").write_bytes(plant)
-    assert "cannot read params.yaml" in refusal(project.command("audit", check=False))
+    assert "DVC cannot read the pipeline: unable to read: 'params.yaml'" in refusal(
+        project.command("audit", check=False)
+    )
     (project.folder / "dvc.yaml").write_bytes(plant)
     assert refusal(project.command("sync", check=False))
     project.run("git", "checkout", "-q", "params.yaml", "dvc.yaml")
@@ -201,7 +206,11 @@ def test_a_model_in_mlflow_that_is_a_pickle_is_refused(
             assert end.returncode == 0
 
 
-SOURCES = [path for folder in ("stages", "commands", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = [
+    path
+    for folder in ("stages", "commands", "dvc_mlflow", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
 # What can run what it reads
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}
 UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "pd.read_pickle", "eval", "exec", "os.system", "os.popen"}
@@ -229,7 +238,7 @@ def test_no_code_can_load_a_pickle_or_run_what_it_reads(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "commands").glob("*.py")), ids=lambda path: path.stem)
 def test_mlflow_gets_its_settings_before_it_is_imported(path: Path) -> None:
-    """Commands have MLflow from stages/store.py, which sets them: it reports its use as soon as it is imported."""
+    """Commands have MLflow from dvc_mlflow/store.py, which sets them: it reports its use as soon as it is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -392,7 +401,8 @@ def test_no_secret_of_the_environment_is_recorded_or_shown(new_project: Project,
     project.set("train.batch_size", 10**6)
     command = Pipeline(project.folder).stages["train"]["cmd"].split()
     address = f"http://user:{SECRET}@127.0.0.1:{free_port()}"
-    bad = project.run(*command, check=False, **SECRETS | {"MLFLOW_TRACKING_URI": address})
+    by_dvc = {"DVC_STAGE": "train", "MLFLOW_TRACKING_URI": address}
+    bad = project.run(*command, check=False, **SECRETS | by_dvc)
     assert "error: train.batch_size" in bad.stderr
     assert "warning: MLflow cannot use http://…@127.0.0.1" in bad.stderr
     outputs = [good.stdout, good.stderr, bad.stdout, bad.stderr]
@@ -437,6 +447,7 @@ def test_no_address_of_a_proxy_shows_its_password(address: str, monkeypatch: pyt
 )
 def test_credentials_are_hidden_and_nothing_else(text: str, shown: str) -> None:
     assert hide_credentials(text) == shown
+    assert without_credentials(text) == shown
 
 
 def test_a_mirror_with_a_password_is_refused(new_project: Project) -> None:

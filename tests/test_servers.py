@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import mlflow
 import pytest
-from conftest import Project, Store, environment, free_port, ran, wait_for_server
+from conftest import Project, Store, copy, environment, free_port, ran, wait_for_server
 
 STAGES = ("fetch", "train", "evaluate")
 
@@ -222,3 +222,48 @@ def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project,
         assert not (project.folder / "mlruns").exists()
     finally:
         server.stop()
+
+
+SYNC = "import socket; socket.gethostname = lambda: {!r}; from dvc_mlflow.__main__ import main; main()"
+
+
+def test_two_hosts_that_sync_at_once_make_one_run_of_each_execution(
+    project: Project,
+    tmp_path: Path,
+    postgres: str,
+    stress: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    folder = tmp_path / "postgres"
+    folder.mkdir()
+    server, clone, tries = Server(folder, postgres), copy(project, tmp_path / "clone"), 20 if stress else 2
+    try:
+        client = mlflow.MlflowClient(server.uri)
+        for number in range(tries):
+            name = f"try {number}"
+            env = environment() | {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": name}
+            both = [
+                subprocess.Popen(
+                    [sys.executable, "-c", SYNC.format(host), "sync"],
+                    cwd=one.folder,
+                    env=env,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for one, host in ((project, "one"), (clone, "other"))
+            ]
+            assert [process.communicate()[1] for process in both] == ["", ""]
+            assert [process.returncode for process in both] == [0, 0]
+            experiment = client.get_experiment_by_name(name)
+            assert experiment
+            runs = client.search_runs([experiment.experiment_id])
+            assert sorted((run.data.tags["stage"], run.info.status) for run in runs) == [
+                (stage, "FINISHED") for stage in sorted(STAGES)
+            ]
+            (child,) = [run for run in runs if run.data.tags["stage"] == "evaluate"]
+            (parent,) = [run for run in runs if run.data.tags["stage"] == "train"]
+            assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+            assert len(client.search_logged_models([experiment.experiment_id])) == 1
+    finally:
+        server.stop()
+    record_property("pairs of hosts that synced at once", tries)

@@ -64,7 +64,9 @@ def test_a_worse_model_is_promoted_only_by_force(promoted_project: Project, tmp_
 
 def test_the_served_model_says_what_evaluate_says_for_one_image_and_for_a_thousand(promoted_project: Project) -> None:
     _, first = Store(promoted_project).runs("evaluate")
-    table = pd.read_parquet(Store(promoted_project).client.download_artifacts(first.info.run_id, "predictions.parquet"))
+    table = pd.read_parquet(
+        Store(promoted_project).client.download_artifacts(first.info.run_id, "metrics/predictions.parquet")
+    )
     images = read_dataset(promoted_project.folder / "data/fashion-mnist/test.safetensors").images
     port = free_port()
     log = (promoted_project.folder / "serve.log").open("wb")

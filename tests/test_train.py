@@ -1,6 +1,5 @@
 """Learning: the loop learns, its bits repeat, and its numbers are what they say."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from conftest import ROOT, make_images
 
-from stages import tracking
 from stages.checkpoint import Checkpoint
 from stages.dataset import Dataset
 from stages.device import set_up_device
@@ -22,14 +20,14 @@ CLASSES = [f"class {label}" for label in range(10)]
 CPU = torch.device("cpu")
 
 
-class Listener(tracking.Run):
-    """Keeps what train logs, without a recorder."""
+class Listener:
+    """Keeps what train reports, as it was at the time."""
 
     def __init__(self) -> None:
-        self.logged: list[tuple[int, Mapping[str, float]]] = []
+        self.reports: list[list[dict[str, Any]]] = []
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self.logged.append((step, metrics))
+    def __call__(self, history: list[dict[str, Any]]) -> None:
+        self.reports.append([dict(row) for row in history])
 
 
 def make_dataset(size: int) -> Dataset:
@@ -59,7 +57,7 @@ def make_params(**changes: Any) -> Train:
 def fit(dataset: Dataset | None = None, listener: Listener | None = None, **changes: Any) -> tuple[LeNet, list[dict]]:
     params, dataset = make_params(**changes), dataset or make_dataset(600)
     set_up_device("cpu", params.threads)
-    return train(dataset, params, CPU, listener or Listener(), Checkpoint(params, dataset, CPU))
+    return train(dataset, params, CPU, Checkpoint(params, dataset, CPU), listener or Listener())
 
 
 def bits(model: LeNet) -> dict[str, bytes]:
@@ -93,11 +91,11 @@ def test_the_order_of_an_epoch_does_not_depend_on_what_ran_before() -> None:
     assert bits(fit(epochs=2)[0]) == first
 
 
-def test_each_epoch_is_logged_as_it_stands_in_the_history() -> None:
+def test_after_each_epoch_the_history_up_to_it_is_reported() -> None:
     listener = Listener()
     _, history = fit(listener=listener)
-    assert [step for step, _ in listener.logged] == [1, 2, 3]
-    assert [metrics for _, metrics in listener.logged] == history
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert listener.reports == [history[:1], history[:2], history]
     assert list(history[0]) == [
         "epoch",
         "train_lr",

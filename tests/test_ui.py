@@ -56,9 +56,9 @@ def test_the_experiment_page_shows_named_runs_and_what_they_are_for(
     names = [name for name in page.get_by_role("link").all_inner_texts() if re.match("fetch|train|evaluate", name)]
     (fetch,) = Store(watched_project).runs("fetch")
     assert names == ["train slow lr=0.0001", first.info.run_name, fetch.info.run_name], "evaluations are folded below"
-    assert page.get_by_text("Compare the train runs").is_visible()
+    assert page.get_by_text("What DVC ran: each execution of a stage is a run.").is_visible()
     page.get_by_role("link", name="train slow lr=0.0001").click()
-    page.get_by_text("A training of LeNet, with the test metrics of the model that it made").wait_for()
+    page.get_by_text("Train LeNet.").wait_for()
     assert page.get_by_text("Params: as committed, but lr=0.0001.").is_visible()
     page.screenshot(path=tmp_path / "run.png")
     assert slow.info.run_id in page.url
@@ -102,13 +102,13 @@ def test_the_model_page_shows_the_test_metric_of_exactly_this_model(
     row.wait_for()
     page.screenshot(path=tmp_path / "model.png")
     assert str(evaluated["test_accuracy"]) in row.inner_text()
-    assert "fashion-mnist/test" in row.inner_text()
-    assert page.get_by_text("dvc.yaml:train").first.is_visible()
-    assert page.get_by_text("Images uint8 (N, 28, 28), white on black").first.is_visible()
+    assert "fashion-mnist-test" in row.inner_text()
+    assert page.get_by_text("train", exact=True).first.is_visible()
+    assert page.get_by_text("The class of each image, and the probability of every class.").first.is_visible()
 
 
 def test_the_ui_shows_the_artifacts_of_a_project_that_was_moved(served: Served) -> None:
     run = Store(served.project).runs("evaluate")[-1]
-    query = urllib.parse.urlencode({"run_uuid": run.info.run_id, "path": "per_class.csv"})
+    query = urllib.parse.urlencode({"run_uuid": run.info.run_id, "path": "metrics/per_class.json"})
     with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/get-artifact?{query}") as answer:
         assert b"precision" in answer.read()
