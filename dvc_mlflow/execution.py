@@ -175,7 +175,7 @@ def content_of(execution: Execution, files: Files) -> Content:
         last = curves[name][max(curves[name])]
         value = metrics.pop(name)
         if value != last and not (math.isnan(value) and math.isnan(last)):
-            metrics[valid_name(f"{name} (final)")] = value
+            metrics[valid_name(f"{name}.final")] = value
     tags |= {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
     tags["dvc.execution"] = execution.id
     models = {name: leaves[path] for name, path in declared.models.items() if path in leaves}

@@ -314,16 +314,19 @@ class Project:
         return False
 
     def would_skip(self, address: str) -> bool:
-        """Whether DVC would not run the stage: command, params and deps are as dvc.lock says."""
+        """Whether DVC would not run the stage."""
+        return not self.stages[address].always_changed and self.is_current(address)
+
+    def is_current(self, address: str) -> bool:
+        """Whether command, params and deps are as dvc.lock says."""
         execution = self._own(address)
         if execution is None:
             return False
-        stage = self.stages[address]
         try:
             current = self.starting(address)
         except (DvcException, Unprovable, OSError):
             return False
-        return not stage.always_changed and current.fingerprint == execution.fingerprint
+        return current.fingerprint == execution.fingerprint
 
     # Where bytes are
 

@@ -506,7 +506,7 @@ class Store:
 
     def _is_of_this_tree(self, execution: Execution) -> bool:
         """Whether the stage, and those before it, would run now as they ran."""
-        return all(self.project.would_skip(one.stage) for one in (*execution.upstream, execution))
+        return all(self.project.is_current(one.stage) for one in (*execution.upstream, execution))
 
     def terminate(self, run_id: str, status: str) -> None:
         """End a run now or, if the clock was set back to before its start, at its start."""
