@@ -80,6 +80,7 @@ class Store:
     def __init__(self, project: Project) -> None:
         """Open it, and make what is missing. Raises MlflowException or another error of the store."""
         self.project, root = project, project.root
+        self.problems: list[str] = []  # what could not be shown of the executions that `record` recorded
         embedded = "MLFLOW_TRACKING_URI" not in os.environ
         if embedded:
             mlflow.set_tracking_uri(sqlite_address(root / "mlflow.db"))
@@ -478,7 +479,7 @@ class Store:
         if found := self.find(execution, experiment):
             self.show_on_parent(found.info.run_id, execution)
             return found.info.run_id, False
-        content_of(execution, self.project)  # before there is a run: raises MissingBytes
+        self.problems += content_of(execution, self.project).problems  # before there is a run: raises MissingBytes
         git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
         git = git if git.commit else Git(author=self.project.author())
         former = self.unfinished(execution) if not experiment else None

@@ -52,6 +52,9 @@ def record_all(store: Store, project: Project, owners: Owners | None, label: str
             else:
                 yield f"{label}{address}: not recorded: {describe(error)}", True
             continue
+        for problem in store.problems:
+            yield f"{label}{address}: {problem}", False
+        store.problems.clear()
         if made or owners is None:
             yield f"{label}{address}: recorded {f'as run {run_id}' if made else 'before'}", False
 

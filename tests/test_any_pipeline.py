@@ -285,7 +285,7 @@ def test_params_of_all_kinds_of_files(runs: dict[str, Run]) -> None:
 def test_metrics_of_a_directory_and_strings(runs: dict[str, Run]) -> None:
     train = runs["train"].data
     assert train.metrics["loss"] == 1 / 3 and train.metrics["loss.final"] == 0.125  # another value than the last
-    assert train.metrics["best.epoch"] == 3 and "accuracy (final)" not in train.metrics
+    assert train.metrics["best.epoch"] == 3 and "accuracy.final" not in train.metrics
     assert train.tags["best.done"] == "true" and train.tags["optimizer"] == "sgd"
     evaluate = runs["evaluate"].data.metrics
     assert evaluate["accuracy"] == 0.75 and evaluate["classes.a b.f1"] == 0.5 and math.isnan(evaluate["worst"])

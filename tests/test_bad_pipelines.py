@@ -1,0 +1,288 @@
+"""What people do to a pipeline of shell stages, and faults: no false record, no second one, a clear line each."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from mlflow.entities import Run
+
+HERE = {"GIT_AUTHOR_NAME": "Ada", "GIT_AUTHOR_EMAIL": "ada@example.org"}
+HERE |= {key.replace("AUTHOR", "COMMITTER"): value for key, value in HERE.items()}
+PIPELINE = """
+stages:
+  fit:
+    cmd: {prefix}sh fit.sh
+    deps: [fit.sh, data]
+    params: [rate]
+    outs: [model.txt]
+    plots: [history.csv: {{x: epoch}}]
+  score:
+    cmd: wc -c < model.txt > score.yaml
+    deps: [model.txt]
+    params: [size]
+    metrics: [score.yaml]
+artifacts:
+  net: {{path: model.txt, type: model}}
+"""
+FIT = """
+echo epoch,loss > history.csv
+for epoch in 1 2 3; do echo "$epoch,$(cat data/x)$epoch" >> history.csv; sleep ${PAUSE:-0}; done
+grep rate params.yaml > model.txt
+"""
+
+
+class Pipeline:
+    """A DVC project of two stages, committed, in which nothing has run."""
+
+    def __init__(self, folder: Path, prefix: str = "", git: bool = True) -> None:
+        self.folder = folder / "project"
+        self.folder.mkdir()
+        for path, text in {
+            "dvc.yaml": PIPELINE.format(prefix=prefix),
+            "fit.sh": FIT,
+            "params.yaml": "rate: 1\nsize: 1\n",
+            "data/x": "0.",
+        }.items():
+            self.write(path, text)
+        if git:
+            self.run("git", "init", "-q", "-b", "main")
+        self.run("dvc", "init", "-q", *([] if git else ["--no-scm"]))
+        if git:
+            self.commit()
+
+    def env(self, **more: str) -> dict[str, str]:
+        env = {key: value for key, value in os.environ.items() if not re.match("MLFLOW_|DVC_|GIT_|TRACKING_", key)}
+        env |= {**HERE, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "HOME": str(self.folder.parent)}
+        return env | {"MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "true"} | more
+
+    def run(self, *command: str, code: int | None = 0, **more: str) -> str:
+        """Run a command; return what it printed. `code` is its expected exit code, None if any will do."""
+        ended = subprocess.run(command, cwd=self.folder, env=self.env(**more), capture_output=True, text=True)
+        output = ended.stdout + ended.stderr
+        assert "Traceback" not in output, output
+        assert "defect" not in output, output
+        assert code is None or ended.returncode == code, f"{command}: {ended.returncode}\n{output}"
+        return output
+
+    def write(self, path: str, text: str | bytes) -> None:
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    def set(self, rate: int = 1, size: int = 1) -> None:
+        self.write("params.yaml", f"rate: {rate}\nsize: {size}\n")
+
+    def commit(self) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", "A pipeline")
+
+    def forget(self) -> None:
+        """Take a new store."""
+        for path in self.folder.glob("mlflow.db*"):
+            path.unlink()
+        shutil.rmtree(self.folder / "mlartifacts", ignore_errors=True)
+
+    def runs(self) -> list[Run]:
+        client = mlflow.MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        experiment = client.get_experiment_by_name("project")
+        return list(client.search_runs([experiment.experiment_id])) if experiment else []
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Stage, status and rate of each run."""
+        return sorted((run.data.tags["stage"], run.info.status, run.data.params["rate"]) for run in self.runs())
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    return Pipeline(tmp_path)
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Pipeline:
+    return Pipeline(tmp_path, "dvc-mlflow run ")
+
+
+def test_an_evaluation_is_never_recorded_with_params_that_did_not_make_its_model(pipeline: Pipeline) -> None:
+    pipeline.run("dvc", "repro")
+    pipeline.set(rate=2)
+    pipeline.run("dvc", "repro", "fit")
+    output = pipeline.run("dvc-mlflow", "sync", code=1)
+    assert "score: not recorded: dvc.lock does not say what made the model.txt that it read" in output
+    assert pipeline.rows() == [("fit", "FINISHED", "2")]
+    pipeline.run("dvc", "repro")
+    pipeline.run("dvc-mlflow", "sync")
+    pipeline.set()
+    pipeline.run("dvc", "repro")
+    pipeline.run("dvc-mlflow", "sync")
+    assert pipeline.rows() == [(stage, "FINISHED", rate) for stage in ("fit", "score") for rate in ("1", "2")]
+    pipeline.run("dvc-mlflow", "audit", "--all")
+
+
+def test_a_forced_run_to_the_same_bytes_is_the_same_execution(live: Pipeline) -> None:
+    live.run("dvc", "repro")
+    live.run("dvc-mlflow", "sync")
+    before = {run.info.run_id for run in live.runs()}
+    assert "warning" not in live.run("dvc", "repro", "--force")
+    live.run("dvc-mlflow", "sync")
+    assert {run.info.run_id for run in live.runs()} == before
+    assert len(before) == 2
+
+
+def test_an_experiment_that_equals_its_baseline_has_runs_of_its_own(live: Pipeline) -> None:
+    live.run("dvc", "repro")
+    live.commit()
+    live.run("dvc", "exp", "run", "--temp", "-n", "same", "-S", "rate=1")
+    live.run("dvc", "exp", "run", "--temp", "-n", "other", "-S", "rate=2")
+    live.run("dvc-mlflow", "sync")
+    found = sorted((run.data.tags["stage"], run.data.tags.get("dvc.exp_name", "")) for run in live.runs())
+    assert found == [(stage, name) for stage in ("fit", "score") for name in ("", "other", "same")]
+    live.run("dvc-mlflow", "audit", "--all")
+    assert "as run" not in live.run("dvc-mlflow", "sync")
+
+
+def test_a_killed_run_is_not_continued_on_other_data(live: Pipeline) -> None:
+    process = subprocess.Popen(
+        ["dvc", "repro"], cwd=live.folder, env=live.env(PAUSE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 30
+    launcher: list[psutil.Process] = []
+    while not launcher or not any("loss" in run.data.metrics for run in live.runs()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        children = psutil.Process(process.pid).children(recursive=True)
+        launcher = [one for one in children if {"run", "fit.sh"} <= {*words(one)}]
+    commands = launcher[0].children()
+    launcher[0].send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(commands, 10)
+    assert not [one for one in commands if "fit.sh" in words(one)], "the command ends with its launcher"
+    while any(run.info.status == "RUNNING" for run in live.runs()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    live.write("data/x", "7.")
+    live.run("dvc", "repro")
+    assert sorted(run.info.status for run in live.runs()) == ["FINISHED", "KILLED"]
+    (whole,) = [run for run in live.runs() if run.info.status == "FINISHED"]
+    client = mlflow.MlflowClient(f"sqlite:///{live.folder}/mlflow.db")
+    points = client.get_metric_history(whole.info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in points) == [(1, 7.1), (2, 7.2), (3, 7.3)]
+
+
+def words(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return process.cmdline()
+    return []
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -TERM $$", -15)])
+def test_the_launcher_ends_as_its_command_does(live: Pipeline, command: str, code: int) -> None:
+    status = {7: "FAILED", -15: "KILLED"}[code]
+    live.run("dvc-mlflow", "run", "sh", "-c", command, code=code, DVC_STAGE="fit")
+    assert [run.info.status for run in live.runs()] == [status]
+
+
+def test_two_syncs_at_once_into_a_new_file_make_one_run_of_each_execution(pipeline: Pipeline) -> None:
+    pipeline.run("dvc", "repro")
+    both = [
+        subprocess.Popen(["dvc-mlflow", "sync"], cwd=pipeline.folder, env=pipeline.env(), stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    assert [(process.communicate()[1], process.returncode) for process in both] == [(b"", 0), (b"", 0)]
+    assert pipeline.rows() == [("fit", "FINISHED", "1"), ("score", "FINISHED", "1")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_sync_that_is_ended_leaves_nothing_that_the_next_one_does_not_mend(
+    pipeline: Pipeline, number: signal.Signals
+) -> None:
+    pipeline.run("dvc", "repro")
+    process = subprocess.Popen(["dvc-mlflow", "sync"], cwd=pipeline.folder, env=pipeline.env(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not (pipeline.folder / "mlflow.db").exists() or not pipeline.runs():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert b"Traceback" not in process.communicate()[1]
+    pipeline.run("dvc-mlflow", "sync")
+    assert pipeline.rows() == [("fit", "FINISHED", "1"), ("score", "FINISHED", "1")]
+    pipeline.run("dvc-mlflow", "audit", "--all")
+
+
+def test_a_stale_run_of_another_host_is_closed_by_its_age(pipeline: Pipeline) -> None:
+    pipeline.run("dvc", "repro")
+    pipeline.run("dvc-mlflow", "sync")
+    client = mlflow.MlflowClient(f"sqlite:///{pipeline.folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("project")
+    assert experiment
+    tags = {"stage": "fit", "process.host": "gone", "process.pid": "1", "process.created": "1.0"}
+    old = client.create_run(experiment.experiment_id, int((time.time() - 7200) * 1000), tags).info.run_id
+    new = client.create_run(experiment.experiment_id, tags=tags).info.run_id
+    assert f"closed run {old} of gone" in pipeline.run("dvc-mlflow", "sync", "--close-stale", "1")
+    assert [client.get_run(run_id).info.status for run_id in (old, new)] == ["KILLED", "RUNNING"]
+
+
+METRICS = {
+    "a list": (b"[1, 2]", "expected a mapping of names to numbers, found list"),
+    "not UTF-8": (b"a: \xff", "expected metrics, found something else (UnicodeDecodeError)"),
+    "not YAML": (b"a: [", "expected metrics, found something else"),
+    "100,000 keys": (
+        json.dumps({str(number): number for number in range(100_000)}).encode(),
+        "expected at most 10,000 metrics, found 100,000",
+    ),
+    "numbers that are none": (b"a: .nan\nb: .inf\nc: 1e999\nd: text\n", ""),
+}
+
+
+@pytest.mark.parametrize(("content", "line"), METRICS.values(), ids=METRICS.keys())
+def test_a_metrics_file_that_cannot_be_shown_is_named_and_costs_no_record(
+    pipeline: Pipeline, content: bytes, line: str
+) -> None:
+    text = (pipeline.folder / "dvc.yaml").read_text()
+    pipeline.write("given", content)
+    pipeline.write("dvc.yaml", text.replace("wc -c < model.txt > score.yaml", "cp given score.yaml"))
+    pipeline.run("dvc", "repro")
+    assert line in pipeline.run("dvc-mlflow", "sync")
+    assert pipeline.rows() == [("fit", "FINISHED", "1"), ("score", "FINISHED", "1")]
+    pipeline.run("dvc-mlflow", "audit", "--all")
+
+
+def test_curves_without_their_x_are_named_and_cost_no_record(pipeline: Pipeline) -> None:
+    pipeline.write("fit.sh", FIT.replace("epoch,loss", "round,loss"))
+    pipeline.run("dvc", "repro")
+    line = "history.csv: expected a whole number as epoch, found none; no curves of it"
+    assert line in pipeline.run("dvc-mlflow", "sync")
+    assert len(pipeline.rows()) == 2
+
+
+def test_bytes_that_are_gone_are_named_and_sync_fails(pipeline: Pipeline) -> None:
+    pipeline.run("dvc", "repro")
+    shutil.rmtree(pipeline.folder / ".dvc/cache")
+    (pipeline.folder / "history.csv").unlink()
+    output = pipeline.run("dvc-mlflow", "sync", code=1)
+    assert "fit: not recorded: history.csv is not as in dvc.lock, nor in DVC's cache" in output
+
+
+def test_a_project_without_lock_or_git_is_no_failure(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path, git=False)
+    assert pipeline.run("dvc-mlflow", "sync") == "fit: not run yet\nscore: not run yet\n"
+    pipeline.run("dvc", "repro")
+    pipeline.run("dvc-mlflow", "sync")
+    pipeline.run("dvc-mlflow", "audit")
+    assert pipeline.rows() == [("fit", "FINISHED", "1"), ("score", "FINISHED", "1")]
+
+
+def test_a_folder_without_a_project_is_refused_in_one_line(tmp_path: Path) -> None:
+    ended = subprocess.run(["dvc-mlflow", "sync"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: expected a DVC project in ")
