@@ -186,7 +186,7 @@ class Store:
         changes = changed_params(self.project, execution)
         tags |= {
             "mlflow.source.type": "LOCAL",
-            "mlflow.source.name": valid_value(execution.stage),
+            "mlflow.source.name": valid_value(source_of(execution)),
             "mlflow.user": psutil.Process().username(),
             "mlflow.note.content": valid_value(note(execution, changes)),
         }
@@ -326,7 +326,7 @@ class Store:
         model_id = None
         for name, digest in content.models.items():
             path, meta = execution.declared.models[name], execution.declared.model_meta.get(name, {})
-            tags = {f"dvc.outs.{path}": digest, "mlflow.source.name": execution.stage}
+            tags = {f"dvc.outs.{path}": digest, "mlflow.source.name": source_of(execution)}
             if meta.get("desc"):
                 tags["mlflow.note.content"] = valid_value(str(meta["desc"]))
             existing = self.models_of(run_id, path)
@@ -628,13 +628,16 @@ class RunFiles:
 
 
 def parent_metrics(execution: Execution, content: Content, own: set[str]) -> dict[str, float]:
-    """The metrics of an execution that read a model, as the run that made the model shows them."""
-    prefix = execution.declared.prefix
-    names = {
-        key: f"{prefix}.{key}" if prefix else f"{execution.stage}.{key}" if key in own else key
-        for key in content.metrics
-    }
-    return {valid_name(name): content.metrics[key] for key, name in names.items()}
+    """The metrics of an execution that read a model, as the run that made the model shows them.
+
+    Those that are nested in a metrics file, such as each class's, stay with the execution alone.
+    """
+    shown = {}
+    for key, value in content.metrics.items():
+        prefix = execution.declared.prefix or (execution.stage if key in own else "")
+        if "." not in key:
+            shown[valid_name(f"{prefix}.{key}" if prefix else key)] = value
+    return shown
 
 
 def quiet() -> None:
@@ -731,6 +734,11 @@ def changed_params(project: Project, execution: Execution) -> list[str]:
     prefix = f"{execution.stage.rpartition(':')[2].partition('@')[0]}."
     changed = {key: value for key, value in named_params(execution).items() if before.get(key) != value}
     return [f"{key.removeprefix(prefix)}={value}" for key, value in changed.items()]
+
+
+def source_of(execution: Execution) -> str:
+    """The stage with the file that has it, in DVC's own notation: `dvc.yaml:train`."""
+    return execution.stage if ":" in execution.stage else f"dvc.yaml:{execution.stage}"
 
 
 def note(execution: Execution, changes: list[str]) -> str:

@@ -103,7 +103,7 @@ def test_the_model_page_shows_the_test_metric_of_exactly_this_model(
     page.screenshot(path=tmp_path / "model.png")
     assert str(evaluated["test_accuracy"]) in row.inner_text()
     assert "fashion-mnist-test" in row.inner_text()
-    assert page.get_by_text("train", exact=True).first.is_visible()
+    assert page.get_by_text("dvc.yaml:train").first.is_visible()
     assert page.get_by_text("The class of each image, and the probability of every class.").first.is_visible()
 
 
