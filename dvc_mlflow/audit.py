@@ -12,10 +12,9 @@ from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
 from mlflow.entities import Run
 
-from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, flatten, start_of
-from dvc_mlflow.project import Project, Unprovable, _plain, hash_path, matches
-from dvc_mlflow.store import EXECUTION, Store, _same, parent_metrics
-from dvc_mlflow.text import valid_name
+from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, flatten, same, start_of
+from dvc_mlflow.project import Project, Unprovable, _plain, hash_path, matches, one_command
+from dvc_mlflow.store import EXECUTION, RunFiles, Store, parent_metrics
 
 
 def audit(store: Store, everything: bool = False) -> Iterator[str]:
@@ -55,8 +54,7 @@ def audit_files(project: Project) -> Iterator[str]:
         if execution is None:
             yield f"{address}: dvc.yaml has it, dvc.lock does not"
             continue
-        cmd = "\n".join(stage.cmd) if isinstance(stage.cmd, list) else stage.cmd
-        if execution.cmd != cmd:
+        if execution.cmd != one_command(stage.cmd):
             yield f"{address}: dvc.yaml has another command than dvc.lock"
         params = {}
         for dep in stage.deps:
@@ -134,7 +132,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
         for one in execution.upstream:
             if path in one.outs and one.outs[path] != digest:
                 yield f"{path}: it read {digest}, {one.stage} before it made {one.outs[path]}"
-    files = store.project if locked else store.files_of(run)
+    files = store.project if locked else RunFiles(store, run)
     try:
         expected = content_of(locked or execution, files)
         if locked:
@@ -156,7 +154,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
         if name.startswith("models"):
             continue
         if name.startswith("metrics") and other is None:
-            if not any(_same(one, value) for value in theirs.get(key, [])):
+            if not any(same(one, value) for value in theirs.get(key, [])):
                 yield _line(name, one, other)
         else:
             yield _line(name, one, other)
@@ -200,11 +198,11 @@ def _of_children(store: Store, run: Run, own: set[str]) -> dict[str, list[float]
         if execution is None:
             continue
         try:
-            content = content_of(execution, store.files_of(child))
+            content = content_of(execution, RunFiles(store, child))
         except MissingBytes:
             continue
         for key, value in parent_metrics(execution, content, own).items():
-            values.setdefault(valid_name(key), []).append(value)
+            values.setdefault(key, []).append(value)
     return values
 
 

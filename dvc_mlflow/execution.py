@@ -149,7 +149,7 @@ def content_of(execution: Execution, files: Files) -> Content:
     Raises MissingBytes if a file of which MLflow would show something cannot be had.
     """
     start, declared = start_of(execution, files), execution.declared
-    leaves, problems = _leaves(execution, files)
+    leaves, problems = _leaves(execution, files), list[str]()
     metrics: dict[str, float] = {}
     tags = dict(start.tags)
     keys = [_read_metrics(path, files, leaves) for path in declared.metrics]
@@ -174,7 +174,7 @@ def content_of(execution: Execution, files: Files) -> Content:
     for name in curves.keys() & metrics.keys():  # the last point says it already; another value has another name
         last = curves[name][max(curves[name])]
         value = metrics.pop(name)
-        if value != last and not (math.isnan(value) and math.isnan(last)):
+        if not same(value, last):
             metrics[valid_name(f"{name}.final")] = value
     tags |= {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
     tags["dvc.execution"] = execution.id
@@ -182,9 +182,9 @@ def content_of(execution: Execution, files: Files) -> Content:
     kept = {*declared.models.values(), *declared.datasets.values()}
     artifacts = {}
     for path, digest in leaves.items():
-        if any(path == one or path.startswith(f"{one}/") for one in kept):
+        if any(inside(path, one) for one in kept):
             continue
-        shown = path in declared.metrics or any(path == one or path.startswith(f"{one}/") for one in declared.plots)
+        shown = path in declared.metrics or any(inside(path, one) for one in declared.plots)
         if digest.endswith(".dir"):
             continue
         if files.find(path, digest, None if shown else SMALL_BYTES):
@@ -310,22 +310,26 @@ def _bytes(path: str, files: Files, leaves: Mapping[str, str]) -> bytes:
     return found.read_bytes()
 
 
-def _leaves(execution: Execution, files: Files) -> tuple[dict[str, str], list[str]]:
+def _leaves(execution: Execution, files: Files) -> dict[str, str]:
     """The hashes of the outs by path; of directories that something of is shown, of the files in them as well."""
     leaves = dict(execution.outs)
     declared = execution.declared
     named = [*declared.metrics, *declared.plots, *(c.path for c in declared.curves), *declared.models.values()]
-    problems: list[str] = []
     for path, digest in execution.outs.items():
         if digest.endswith(".dir"):
-            wanted = any(one == path or one.startswith(f"{path}/") or path.startswith(f"{one}/") for one in named)
+            wanted = any(inside(one, path) or inside(path, one) for one in named)
             entries = files.entries(path, digest)
             if entries is None:
                 if wanted and path not in declared.models.values():
                     raise MissingBytes(path)
             elif wanted or len(entries) <= SMALL_FILES:
                 leaves |= {f"{path}/{name}": value for name, value in entries.items()}
-    return leaves, problems
+    return leaves
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or both are NaN."""
+    return one == other or (one != one and other != other)
 
 
 def inside(path: str, folder: str) -> bool:
@@ -344,8 +348,7 @@ def differences(one: Content, other: Content) -> Iterator[tuple[str, Any, Any]]:
 def _compare(part: str, ones: Mapping[Any, Any], others: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Any]]:
     for key in sorted({*ones, *others}):
         a, b = ones.get(key), others.get(key)
-        same = a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
-        if not same:
+        if not same(a, b):
             yield f"{part} {key}", a, b
 
 

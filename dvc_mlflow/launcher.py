@@ -27,7 +27,7 @@ def run(command: Sequence[str]) -> NoReturn:
     """Run the command, record it, and end as it ends. With TRACKING_STRICT=1, fail if it cannot be recorded."""
     if "DVC_STAGE" not in os.environ:  # by hand: there is no execution to record
         _execute(command)
-    strict = os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false")
+    strict = is_strict()
     recorder = subprocess.Popen(
         [sys.executable, "-m", "dvc_mlflow.recorder"],
         stdin=subprocess.PIPE,
@@ -62,6 +62,11 @@ def run(command: Sequence[str]) -> NoReturn:
         os.kill(os.getpid(), -code)
     sys.stdout.flush()
     os._exit(code if code >= 0 else 128 - code)
+
+
+def is_strict() -> bool:
+    """Whether what cannot be recorded should fail."""
+    return os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false")
 
 
 def _execute(command: Sequence[str]) -> NoReturn:

@@ -198,14 +198,11 @@ class Project:
 
         Raises Unprovable if what it read was made by an execution that dvc.lock no longer has.
         """
-        own = self._own(address)
+        own = self.locked_alone(address)
         return own and replace(own, upstream=self._upstream(own))
 
     def locked_alone(self, address: str) -> Execution | None:
         """The execution that dvc.lock records, without those before it."""
-        return self._own(address)
-
-    def _own(self, address: str) -> Execution | None:
         stage = self.stages[address]
         if stage.path not in self._locks:
             self._locks[stage.path] = dict(stage.dvcfile._lockfile.load().get("stages") or {})
@@ -219,10 +216,8 @@ class Project:
             for kind in ("deps", "outs")
         }
         params = {self.path(stage, path): _plain(values) for path, values in (entry.get("params") or {}).items()}
-        cmd = entry["cmd"]
         declared = self.declared(stage, list(hashes["deps"]), list(hashes["outs"]))
-        cmd = "\n".join(cmd) if isinstance(cmd, list) else cmd
-        return Execution(address, cmd, params, hashes["deps"], hashes["outs"], declared)
+        return Execution(address, one_command(entry["cmd"]), params, hashes["deps"], hashes["outs"], declared)
 
     def starting(self, address: str) -> Execution:
         """The execution that begins now. Raises Unprovable, or DvcException if a dep is missing."""
@@ -234,9 +229,8 @@ class Project:
                 params[path] = _plain(dep.read_params())
             else:
                 deps[path] = dep.get_hash().value
-        cmd = stage.cmd
-        cmd = "\n".join(cmd) if isinstance(cmd, list) else cmd
-        own = Execution(address, cmd, params, deps, declared=self.declared(stage, list(deps), self.outs(stage)))
+        declared = self.declared(stage, list(deps), self.outs(stage))
+        own = Execution(address, one_command(stage.cmd), params, deps, declared=declared)
         return replace(own, upstream=self._upstream(own))
 
     def ended(self, execution: Execution) -> Execution:
@@ -252,7 +246,7 @@ class Project:
     def add(self, execution: Execution) -> None:
         """Take an execution as recorded, here alone: DVC writes dvc.lock when the command has ended."""
         stage = self.stages[execution.stage]
-        self._own(execution.stage)  # reads the lock, if nothing has yet
+        self.locked_alone(execution.stage)  # reads the lock, if nothing has yet
         self._locks[stage.path][stage.name] = {
             "cmd": execution.cmd,
             "params": {posixpath.relpath(p, self.path(stage, ".")): dict(v) for p, v in execution.params.items()},
@@ -264,7 +258,7 @@ class Project:
 
     def put_back(self, address: str) -> None:
         """Copy the outs that dvc.lock records, and that are missing, from DVC's cache to their places."""
-        execution = self._own(address)
+        execution = self.locked_alone(address)
         for path, digest in execution.outs.items() if execution else ():
             entries = self.entries(path, digest) if digest.endswith(".dir") else {".": digest}
             for name, one in (entries or {}).items():
@@ -283,7 +277,7 @@ class Project:
         found: dict[str, Execution] = {}
         for path, digest in execution.deps.items():
             for address in self._makers(path):
-                own = self._own(address)
+                own = self.locked_alone(address)
                 if own is None or not self.made(own, path, digest):
                     raise Unprovable(f"dvc.lock does not say what made the {path} that it read")
                 for other in (*self._upstream(own), own):
@@ -319,7 +313,7 @@ class Project:
 
     def is_current(self, address: str) -> bool:
         """Whether command, params and deps are as dvc.lock says."""
-        execution = self._own(address)
+        execution = self.locked_alone(address)
         if execution is None:
             return False
         try:
@@ -452,6 +446,11 @@ class Owners:
     def of(self, execution: Execution) -> str | None:
         """The experiment's name if the execution is its own."""
         return None if execution.id in self._baseline else self.experiment
+
+
+def one_command(cmd: str | list[str]) -> str:
+    """The command of a stage, or of a list each on a line of its own."""
+    return "\n".join(cmd) if isinstance(cmd, list) else cmd
 
 
 def lookup(values: Any, key: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 # What is imported stays. To look through it for garbage, again and again, would take a third of the time.
 gc.disable()
 from dvc_mlflow.execution import Curves, Execution, MissingBytes, read_curves
+from dvc_mlflow.launcher import is_strict
 from dvc_mlflow.project import Git, Owners, Project, Unprovable
 from dvc_mlflow.store import Conflict, Store, describe, quiet
 from dvc_mlflow.text import UserError, valid_name
@@ -214,7 +215,7 @@ def main() -> None:
     try:
         record(Events())
     except Exception as error:  # whatever it is, the user should be told in one line
-        if os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false"):
+        if is_strict():
             put_back()
         warn(f"{describe(error)}; `dvc-mlflow sync` records this when it can")
         os._exit(1)

@@ -53,7 +53,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema
 
-from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, named_params, start_of
+from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, named_params, same, start_of
 from dvc_mlflow.project import Git, Project, Unprovable, matches
 from dvc_mlflow.text import UserError, one_line, valid_name, valid_value, without_credentials
 
@@ -181,8 +181,7 @@ class Store:
         """
         parent = self.parent(execution, experiment)
         start = start_of(execution, self.project)
-        tags = {key: value for key, value in start.tags.items() if key != "dvc.execution"}
-        tags |= process_tags(pid) | (environment_tags() if live else {"restored": "true"})
+        tags = {**start.tags, **process_tags(pid), **(environment_tags() if live else {"restored": "true"})}
         changes = changed_params(self.project, execution)
         tags |= {
             "mlflow.source.type": "LOCAL",
@@ -263,7 +262,7 @@ class Store:
         if logged is None:
             logged = self.points(run, content.curves)
         for column, points in logged.items():
-            if any(not _same(content.curves.get(column, {}).get(step), value) for step, value in points.items()):
+            if any(not same(content.curves.get(column, {}).get(step), value) for step, value in points.items()):
                 raise Conflict(column)
         missing = [
             (column, value, step)
@@ -317,7 +316,7 @@ class Store:
             links["model_id"] = model_id
         if len(content.datasets) == 1:
             ((links["dataset_name"], links["dataset_digest"]),) = content.datasets.items()
-        new = {key: value for key, value in content.metrics.items() if not _same(run.data.metrics.get(key), value)}
+        new = {key: value for key, value in content.metrics.items() if not same(run.data.metrics.get(key), value)}
         for batch in _batches([Metric(key, value, timestamp, 0, **links) for key, value in new.items()], 1000):
             self.client.log_batch(run.info.run_id, batch)
 
@@ -456,7 +455,7 @@ class Store:
             return
         parent = self.client.get_run(parent_id)
         metrics = parent_metrics(execution, content_of(execution, self.project), self.own_metrics(parent))
-        if not all(_same(parent.data.metrics.get(key), value) for key, value in metrics.items()):
+        if not all(same(parent.data.metrics.get(key), value) for key, value in metrics.items()):
             self.log_points(parent_id, [(key, value, 0) for key, value in metrics.items()], run.info.end_time)
 
     def own_metrics(self, run: Run) -> set[str]:
@@ -574,10 +573,6 @@ class Store:
                 if file.exists():
                     found[path] = digest if matches(file, digest) else "other bytes"
         return found
-
-    def files_of(self, run: Run) -> "RunFiles":
-        """The outs that the run has as artifacts."""
-        return RunFiles(self, run)
 
     @contextlib.contextmanager
     def looking_at(self, project: Project) -> Iterator[None]:
@@ -787,10 +782,6 @@ def _pinned(package: str) -> str:
         return f"{package}=={importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return package
-
-
-def _same(one: float | None, other: float | None) -> bool:
-    return one == other or (one is not None and other is not None and one != one and other != other)
 
 
 def _is_hash(key: str) -> bool:
