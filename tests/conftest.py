@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,12 +130,32 @@ def mirror(request: pytest.FixtureRequest) -> str:
     return request.config.stash[MIRROR]
 
 
+@functools.cache
+def home() -> tempfile.TemporaryDirectory[str]:
+    """A home folder that has an identity for git, and nothing else."""
+    folder = tempfile.TemporaryDirectory(prefix="home-")
+    Path(folder.name, ".gitconfig").write_text("[user]\nname = Test\nemail = test@example.org\n")
+    return folder
+
+
 def environment() -> dict[str, str]:
-    """The environment without settings of this project, of git and of a make around the tests."""
-    foreign = re.compile("MLFLOW_|DVC_|FASHION_|GIT_|MAKE|MFLAGS")
+    """The environment without the user's settings, those of this project and of a make around the tests."""
+    foreign = re.compile("MLFLOW_|DVC_|FASHION_|GIT_|XDG_|MAKE|MFLAGS")
     clean = {key: value for key, value in os.environ.items() if not foreign.match(key)}
     path = f"{Path(sys.executable).parent}:{clean['PATH']}"
-    return clean | {"PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a server's jobs are for GenAI
+    return clean | {
+        "PATH": path,
+        "HOME": home().name,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # these jobs are for GenAI
+    }
+
+
+def execute(command: Sequence[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in the folder; DVC and `dvc-mlflow` in a fork, see forked.py."""
+    module = {"dvc": "dvc", "dvc-mlflow": "dvc_mlflow"}.get(command[0])
+    if module and command[1] != "run":
+        return forked.run_module(module, command[1:], folder, env)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 @dataclass(frozen=True)
@@ -144,17 +164,24 @@ class Project:
 
     folder: Path
 
-    def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the folder; env is added to a clean environment."""
-        result = subprocess.run(
-            command, cwd=self.folder, env=environment() | env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
+    def run(
+        self, *command: str, check: bool = True, warns: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in the folder; env is added to a clean environment.
+
+        It may fail only if check is false, and must print a warning if `warns`, else none.
+        """
+        result = execute(command, self.folder, environment() | env)
         if check and result.returncode != 0:
             raise AssertionError(f"{command} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
+        if check:
+            assert bool(re.search("^warning: ", result.stdout + result.stderr, re.MULTILINE)) == warns, result
         return result
 
-    def dvc(self, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        return self.run("dvc", *arguments, check=check, **env)
+    def dvc(
+        self, *arguments: str, check: bool = True, warns: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run("dvc", *arguments, check=check, warns=warns, **env)
 
     def repro(self, *arguments: str, check: bool = True, **env: str) -> list[str]:
         """Run `dvc repro` and return the stages that it ran."""
@@ -189,7 +216,7 @@ class Project:
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")
-        self.run("git", "-c", "user.name=Test", "-c", "user.email=test@example.org", "commit", "-qm", message)
+        self.run("git", "commit", "-qm", message)
 
     def md5s(self) -> dict[str, str]:
         """The MD5 of each out, by its path, as dvc.lock has them."""

@@ -48,6 +48,7 @@ def _become(module: str, arguments: Sequence[str], folder: Path, env: dict[str, 
     os.environ.clear()
     os.environ.update(env)
     tests = Path(__file__).parent
-    sys.path = [str(folder), *(path for path in sys.path if Path(path) not in (tests, tests.parent))]
+    libraries = [path for path in sys.path if Path(path) not in (tests, tests.parent)]
+    sys.path = [str(folder), *libraries, str(tests.parent)]  # the last has the package dvc_mlflow, as if installed
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

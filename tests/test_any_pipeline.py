@@ -2,18 +2,16 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+from conftest import environment, execute
 from mlflow.entities import Run
 
 from dvc_mlflow.store import move_artifacts
@@ -170,12 +168,10 @@ class Pipeline:
 
     def run(self, *command: str, code: int | None = 0) -> str:
         """Run a command; return what it printed. `code` is its expected exit code, None if any will do."""
-        env = {key: value for key, value in os.environ.items() if not re.match("MLFLOW_|DVC_|GIT_|TRACKING_", key)}
-        env |= {**HERE, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "HOME": str(self.folder.parent)}
-        env |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "true"}
-        ended = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
+        ended = execute(command, self.folder, environment() | HERE)
         output = ended.stdout + ended.stderr
         assert "Traceback" not in output, output
+        assert code != 0 or "warning: " not in output, output
         assert code is None or ended.returncode == code, f"{command}: {ended.returncode}\n{output}"
         return output
 

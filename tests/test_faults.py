@@ -135,7 +135,7 @@ def test_a_full_disk_below_mlflow_costs_a_warning_and_sync_completes_the_record(
     for number, room in enumerate(rooms):
         project.set("evaluate.batch_size", 100 + number)
         leave(room, small_disk)
-        result = project.dvc("repro")
+        result = project.dvc("repro", warns=True)
         (line,) = [line for line in result.stderr.splitlines() if line]
         assert line.startswith("warning: MLflow cannot use ")
         assert line.endswith("; `dvc-mlflow sync` records this when it can")
@@ -503,7 +503,7 @@ def test_audit_sync_and_the_recorder_name_a_bad_merge_and_the_cure_cures(
         result = project.command(command, check=False)
         assert (result.returncode, result.stderr) == (1, f"error: {told}\n")
     command = Pipeline(finished_project.folder).stages["fetch"]["cmd"].split()
-    result = project.run(*command, DVC_STAGE="fetch")
+    result = project.run(*command, warns=True, DVC_STAGE="fetch")
     assert result.stderr == f"warning: {told}; `dvc-mlflow sync` records this when it can\n"
     result = project.dvc("repro", check=False)
     assert result.returncode != 0

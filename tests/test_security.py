@@ -87,7 +87,7 @@ def test_a_checkpoint_that_is_a_pickle_is_ignored_with_a_line(project: Project, 
     assert "cannot write" in refusal(project.run(*nowhere, check=False))
     (checkpoint,) = (project.folder / ".dvc/tmp/checkpoints").iterdir()
     checkpoint.write_bytes(plant)
-    result = project.run(*command)
+    result = project.run(*command, warns=True)
     assert f"{checkpoint.relative_to(project.folder)} is ignored: " in result.stderr
     assert "epoch 1/" in result.stdout, "it starts anew"
 
