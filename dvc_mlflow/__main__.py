@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import signal
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ there is one.
     "lineage": """\
 Lead from a run back to the bytes, and from bytes to the runs.
 
-  dvc-mlflow lineage RUN_ID                     what a run read and made, and how to bring it back
+  dvc-mlflow lineage RUN_ID                     what a run read and made, its commit and command
   dvc-mlflow lineage RUN_ID --restore ../again  bring it back in a new folder, and verify every hash
   dvc-mlflow lineage models/model.bin           the runs that made or read a file; an MD5 works, too""",
 }
@@ -57,6 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "lineage" and arguments.restore and arguments.restore.exists():
         sys.exit(f"error: expected a new folder for --restore, found {arguments.restore}; name another")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up
     try:
         _do(arguments)
     except KeyboardInterrupt:

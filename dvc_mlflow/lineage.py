@@ -1,5 +1,6 @@
 """Lead from a run back to the bytes, and from bytes to the runs."""
 
+import os
 import re
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from dvc_mlflow.audit import digest_of
 from dvc_mlflow.execution import Execution
 from dvc_mlflow.project import Project, hash_path
 from dvc_mlflow.store import PATCH, Store
-from dvc_mlflow.text import UserError, without_credentials
+from dvc_mlflow.text import UserError
 
 
 def lineage(store: Store, target: str, folder: Path | None) -> None:
@@ -84,13 +85,10 @@ def show_run(store: Store, run: Run, folder: Path | None) -> None:
             print(f"{title:<8} {digest}  {path}")
     if not commit or "stage" not in tags:
         raise UserError("expected a run of a stage with its commit, found none; nothing can be brought back")
-    steps = commands(store, run, folder or Path("restored"))
-    if not folder:
-        print("\nTo bring these bytes back:\n")
-        for step in steps:
-            print("  " + shlex.join(step))
-        return
-    restore(store, run, execution, steps, folder)
+    if folder:
+        restore(store, run, execution, folder)
+    else:
+        print(f"restore  dvc-mlflow lineage {run.info.run_id} --restore DIR")
 
 
 def _git(folder: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -101,59 +99,42 @@ def _git(folder: str | Path, *arguments: str) -> subprocess.CompletedProcess[str
         raise UserError("expected git, found none; install it, or activate the environment") from None
 
 
-def commands(store: Store, run: Run, folder: Path) -> list[list[str]]:
-    """The commands that bring the run's files back in a new folder: from DVC's cache, the remote, or by computing."""
-    tags, project = run.data.tags, store.project
-    top = _git(project.folder, "rev-parse", "--show-toplevel")
-    source = top.stdout.strip() or str(project.folder)
-    inner = folder / project.folder.resolve().relative_to(Path(source).resolve())
+def restore(store: Store, run: Run, execution: Execution | None, folder: Path) -> None:
+    """Bring the run's files back in a new folder: from DVC's cache, its remote, or by computing; compare every hash.
+
+    Raises UserError if that fails or a hash differs. No half-made folder stays.
+    """
+    tags, project, commit = run.data.tags, store.project, run.data.tags["mlflow.source.git.commit"]
+    top = Path(_git(project.folder, "rev-parse", "--show-toplevel").stdout.strip() or project.folder).resolve()
+    inner = folder / project.folder.resolve().relative_to(top)
     cache = Path(project.repo.cache.local.path).resolve()
-    database = cache.parent.parent if cache.name == "md5" else cache
-    commit = tags["mlflow.source.git.commit"]
-    if _git(source, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
-        raise UserError(f"git does not have commit {commit[:12]} here; `git fetch --all` or `dvc exp pull` brings it")
-    steps = [
-        ["git", "clone", "--quiet", "--shared", "--no-checkout", source, str(folder)],
-        ["git", "-C", str(folder), "checkout", "--quiet", "--detach", commit],
-        ["dvc", "--cd", str(inner), "cache", "dir", "--local", str(database)],
-    ]
-    if tags.get("git.dirty") == "true":
-        download = ["mlflow", "artifacts", "download", "--run-id", run.info.run_id, "--artifact-path", PATCH]
-        address = mlflow.get_tracking_uri()
-        if without_credentials(address) == address:  # else it came by the environment, and the command gets it there
-            download = ["env", f"MLFLOW_TRACKING_URI={address}", *download]
-        relative = inner.relative_to(folder)
-        steps += [
-            [*download, "--dst-path", str(folder / ".git")],
-            [
-                "git",
-                "-C",
-                str(folder),
-                "apply",
-                *([f"--directory={relative}"] if relative.parts else []),
-                f".git/{PATCH}",
-            ],
-        ]
-    # --pull asks the remote, if there is one, before it computes; without a store of its own it records nothing.
-    repro = ["dvc", "--cd", str(inner), "repro", *(["--pull"] if project.repo.config["core"].get("remote") else [])]
-    scratch = f"sqlite:///{(folder / '.git' / 'mlflow.db').absolute()}"
-    return [*steps, ["env", f"MLFLOW_TRACKING_URI={scratch}", *repro, tags["stage"]]]
-
-
-def restore(store: Store, run: Run, execution: Execution | None, steps: list[list[str]], folder: Path) -> None:
-    """Take the steps and compare every hash. Raises UserError; no half-made folder stays."""
-    project = store.project
-    top = _git(project.folder, "rev-parse", "--show-toplevel")
-    inner = folder / project.folder.resolve().relative_to(Path(top.stdout.strip()).resolve())
     try:
-        for step in steps:
-            print("+ " + shlex.join(step), flush=True)
-            try:
-                done = subprocess.run(step).returncode == 0
-            except FileNotFoundError:
-                raise UserError(f"expected {step[0]}, found none; install it, or activate the environment") from None
-            if not done:
-                raise UserError(f"`{shlex.join(step)}` failed")
+        if _git(top, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
+            remotes = _git(top, "remote").stdout.split()
+            if not remotes:
+                raise UserError(f"expected commit {commit[:12]} in git, found neither it nor a remote to fetch it from")
+            remote = "origin" if "origin" in remotes else remotes[0]
+            _step("git", "-C", str(top), "fetch", "--quiet", "--depth", "1", remote, commit)
+        _step("git", "init", "--quiet", str(folder))
+        # A clone of a shallow repository would not have all commits that it has.
+        _step("git", "-C", str(folder), "fetch", "--quiet", "--depth", "1", str(top), commit)
+        _step("git", "-C", str(folder), "checkout", "--quiet", "--detach", commit)
+        if tags.get("git.dirty") == "true":
+            mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=PATCH, dst_path=f"{folder}/.git")
+            part = inner.relative_to(folder)
+            directory = [f"--directory={part}"] if part.parts else []
+            _step("git", "-C", str(folder), "apply", *directory, f".git/{PATCH}")
+        database = cache.parent.parent if cache.name == "md5" else cache
+        database.mkdir(parents=True, exist_ok=True)
+        (folder / ".git" / "dvc-cache").symlink_to(database)  # DVC cannot write a path that is not ASCII
+        link = os.path.relpath(folder / ".git" / "dvc-cache", inner)
+        _step("dvc", "--cd", str(inner), "cache", "dir", "--quiet", "--local", link)
+        if execution:
+            Project(inner).write_locks([*execution.upstream, execution])
+        # --pull asks the remote, if there is one, before it computes; what it runs is recorded in a store of its own.
+        pull = ["--pull"] if project.repo.config["core"].get("remote") else []
+        scratch = f"MLFLOW_TRACKING_URI=sqlite:///{(folder / '.git' / 'mlflow.db').absolute()}"
+        _step("env", scratch, "dvc", "--cd", str(inner), "repro", *pull, tags["stage"])
         there, wrong = Project(inner), 0
         for path, expected in (hashes(run, execution, "deps") | hashes(run, execution, "outs")).items():
             if "://" in path:
@@ -169,6 +150,17 @@ def restore(store: Store, run: Run, execution: Execution | None, steps: list[lis
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _step(*command: str) -> None:
+    """Show a command and run it. Raises UserError if it fails."""
+    print("+ " + shlex.join(command), flush=True)
+    try:
+        done = subprocess.run(command).returncode == 0
+    except FileNotFoundError:
+        raise UserError(f"expected {command[0]}, found none; install it, or activate the environment") from None
+    if not done:
+        raise UserError(f"`{shlex.join(command)}` failed")
 
 
 def hashes(run: Run, execution: Execution | None, kind: str) -> dict[str, str]:

@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.meta import Meta
 from dvc_data.hashfile.tree import Tree
 from scmrepo.exceptions import SCMError
 
@@ -255,6 +257,22 @@ class Project:
                 for kind, files in (("deps", execution.deps), ("outs", execution.outs))
             },
         }
+
+    def write_locks(self, executions: Iterable[Execution]) -> None:
+        """Write dvc.lock as these executions left it, so that DVC looks for their outs before it runs a stage."""
+        for execution in executions:
+            stage = self.stages.get(execution.stage)
+            digests = {**execution.deps, **execution.outs}
+            if stage is None or not all(re.fullmatch(r"[0-9a-f]{32}(\.dir)?", digest) for digest in digests.values()):
+                continue
+            for one in (*stage.deps, *stage.outs):
+                if isinstance(one, ParamsDependency):
+                    values = dict(execution.params.get(self.path(stage, one.def_path), {}))
+                    one.hash_info = HashInfo("params", values)  # type: ignore[arg-type]  # as DVC itself does
+                else:
+                    one.hash_info = HashInfo("md5", digests.get(self.path(stage, one.def_path)))
+                    one.meta = Meta()
+            stage.dvcfile._lockfile.dump(stage)
 
     def put_back(self, address: str) -> None:
         """Copy the outs that dvc.lock records, and that are missing, from DVC's cache to their places."""

@@ -185,7 +185,7 @@ class Project:
 
     def repro(self, *arguments: str, check: bool = True, **env: str) -> list[str]:
         """Run `dvc repro` and return the stages that it ran."""
-        return ran(self.dvc("repro", *arguments, check=check, **env).stdout)
+        return ran(self.dvc("repro", *arguments, check=check, warns=False, **env).stdout)
 
     def command(self, name: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Do what `python -m commands.NAME …`, or `dvc-mlflow NAME …`, does in the folder; see forked.py."""

@@ -40,10 +40,13 @@ grep rate params.yaml > model.txt
 
 
 class Pipeline:
-    """A DVC project of two stages, committed, in which nothing has run."""
+    """A DVC project."""
 
-    def __init__(self, folder: Path, prefix: str = "", git: bool = True) -> None:
-        self.folder = folder / "project"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def make(self, prefix: str = "", git: bool = True) -> None:
+        """Fill it with two stages, and commit them; nothing has run."""
         self.folder.mkdir()
         for path, text in {
             "dvc.yaml": PIPELINE.format(prefix=prefix),
@@ -101,14 +104,24 @@ class Pipeline:
         return sorted((run.data.tags["stage"], run.info.status, run.data.params["rate"]) for run in self.runs())
 
 
-@pytest.fixture
-def pipeline(tmp_path: Path) -> Pipeline:
-    return Pipeline(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The project, with and without a prefix of its commands. Not to be changed: copy it."""
+    folders = {prefix: tmp_path_factory.mktemp("made") / "project" for prefix in ("", "dvc-mlflow run ")}
+    for prefix, folder in folders.items():
+        Pipeline(folder).make(prefix)
+    return folders
 
 
 @pytest.fixture
-def live(tmp_path: Path) -> Pipeline:
-    return Pipeline(tmp_path, "dvc-mlflow run ")
+def pipeline(made: dict[str, Path], tmp_path: Path) -> Pipeline:
+    return Pipeline(shutil.copytree(made[""], tmp_path / "project"))
+
+
+@pytest.fixture
+def live(made: dict[str, Path], tmp_path: Path) -> Pipeline:
+    """Its commands have `dvc-mlflow run` in front."""
+    return Pipeline(shutil.copytree(made["dvc-mlflow run "], tmp_path / "project"))
 
 
 def test_an_evaluation_is_never_recorded_with_params_that_did_not_make_its_model(pipeline: Pipeline) -> None:
@@ -188,6 +201,46 @@ def test_the_launcher_ends_as_its_command_does(live: Pipeline, command: str, cod
     status = {7: "FAILED", -15: "KILLED"}[code]
     live.run("dvc-mlflow", "run", "sh", "-c", command, code=code, DVC_STAGE="fit")
     assert [run.info.status for run in live.runs()] == [status]
+
+
+def test_lineage_fetches_what_git_and_dvc_lack_and_computes_and_records_nothing(live: Pipeline, tmp_path: Path) -> None:
+    """In a shallow clone with an empty cache, the commit comes by git, the bytes come from DVC's remote."""
+    live.run("dvc", "remote", "add", "-d", "storage", str(tmp_path / "storage"))
+    live.run("dvc", "repro")
+    live.commit()
+    live.run("dvc", "push")
+    live.set(rate=2)
+    live.run("dvc", "repro")
+    live.commit()
+    first = next(run for run in live.runs() if run.data.tags["stage"] == "fit" and run.data.params["rate"] == "1")
+    clone = Pipeline(tmp_path / "clone")
+    live.run("git", "clone", "-q", "--depth", "1", live.folder.as_uri(), str(clone.folder))
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{live.folder}/mlflow.db", "MLFLOW_EXPERIMENT_NAME": "project"}
+    before = [(run.info.run_id, run.data.tags) for run in live.runs()]
+    output = clone.run(
+        "dvc-mlflow", "lineage", first.info.run_id, "--restore", str(tmp_path / "again"), code=0, **store
+    )
+    assert output.count("verified ") == 3 + 1, output  # deps and outs
+    assert "Running stage" not in output
+    assert (tmp_path / "again/model.txt").read_text() == "rate: 1\n"
+    assert [(run.info.run_id, run.data.tags) for run in live.runs()] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_restore_that_is_ended_leaves_no_folder(live: Pipeline, number: signal.Signals, tmp_path: Path) -> None:
+    live.run("dvc", "repro")
+    (run,) = [run for run in live.runs() if run.data.tags["stage"] == "fit"]
+    shutil.rmtree(live.folder / ".dvc/cache")
+    command = ["dvc-mlflow", "lineage", run.info.run_id, "--restore", str(tmp_path / "again")]
+    process = subprocess.Popen(command, cwd=live.folder, env=live.env(PAUSE="9"), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "again/history.csv").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert b"Traceback" not in process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert not (tmp_path / "again").exists()
 
 
 def test_two_syncs_at_once_into_a_new_file_make_one_run_of_each_execution(pipeline: Pipeline) -> None:
@@ -274,7 +327,8 @@ def test_bytes_that_are_gone_are_named_and_sync_fails(pipeline: Pipeline) -> Non
 
 
 def test_a_project_without_lock_or_git_is_no_failure(tmp_path: Path) -> None:
-    pipeline = Pipeline(tmp_path, git=False)
+    pipeline = Pipeline(tmp_path / "project")
+    pipeline.make(git=False)
     assert pipeline.run("dvc-mlflow", "sync") == "fit: not run yet\nscore: not run yet\n"
     pipeline.run("dvc", "repro")
     pipeline.run("dvc-mlflow", "sync")
