@@ -28,12 +28,15 @@ context.set_forkserver_preload(LIBRARIES)
 
 
 def run_module(
-    module: str, arguments: Sequence[str], folder: Path, env: dict[str, str]
+    module: str, arguments: Sequence[str], folder: Path, env: dict[str, str], source: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module arguments` in the folder, with exactly this environment and nothing to read."""
+    """Run `python -m module arguments` in the folder, with exactly this environment and nothing to read.
+
+    The module is that of the folder `source`, or of the folder itself.
+    """
     with tempfile.TemporaryDirectory() as outputs:
         files = [f"{outputs}/stdout", f"{outputs}/stderr"]
-        process = context.Process(target=_become, args=(module, arguments, folder, env, files))
+        process = context.Process(target=_become, args=(module, arguments, folder, env, files, source))
         process.start()
         process.join()
         stdout, stderr = (Path(file).read_text() for file in files)
@@ -41,7 +44,14 @@ def run_module(
     return subprocess.CompletedProcess([module, *arguments], process.exitcode, stdout, stderr)
 
 
-def _become(module: str, arguments: Sequence[str], folder: Path, env: dict[str, str], files: Sequence[str]) -> None:
+def _become(
+    module: str,
+    arguments: Sequence[str],
+    folder: Path,
+    env: dict[str, str],
+    files: Sequence[str],
+    source: Path | None,
+) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(folder)
