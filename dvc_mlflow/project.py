@@ -21,6 +21,8 @@ from dvc.exceptions import DvcException
 from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
+from dvc.stage.cache import _get_cache_hash
+from dvc.utils.serialize import load_yaml
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
@@ -31,6 +33,7 @@ from dvc_mlflow.execution import Curves, Declared, Execution, inside
 from dvc_mlflow.text import UserError, one_line
 
 HASHES = ("md5", "etag", "checksum", "version_id")
+OVERLOOKED = ("size", "nfiles")  # DVC's run cache takes no account of params of these names: its issue 10296
 
 
 class Unprovable(Exception):  # noqa: N818
@@ -198,10 +201,14 @@ class Project:
     def locked(self, address: str) -> Execution | None:
         """The execution that dvc.lock records, with those before it; None if it records none.
 
-        Raises Unprovable if what it read was made by an execution that dvc.lock no longer has.
+        Raises Unprovable if what it read was made by an execution that dvc.lock no longer has, or if its own params
+        may not be those that it ran with.
         """
         own = self.locked_alone(address)
-        return own and replace(own, upstream=self._upstream(own))
+        if own is None:
+            return None
+        self._check_run_cache(own)
+        return replace(own, upstream=self._upstream(own))
 
     def locked_alone(self, address: str) -> Execution | None:
         """The execution that dvc.lock records, without those before it."""
@@ -298,9 +305,30 @@ class Project:
                 own = self.locked_alone(address)
                 if own is None or not self.made(own, path, digest):
                     raise Unprovable(f"dvc.lock does not say what made the {path} that it read")
+                self._check_run_cache(own)
                 for other in (*self._upstream(own), own):
                     found.setdefault(other.stage, other)
         return tuple(found.values())
+
+    def _check_run_cache(self, execution: Execution) -> None:
+        """Raise Unprovable if DVC's run cache has these outs as made by other params alone."""
+        names = sorted({name for params in execution.params.values() for name in OVERLOOKED if name in _keys(params)})
+        if not names:
+            return
+        stage = self.stages[execution.stage]
+        entry = self._locks[stage.path][stage.name]
+        folder = Path(self.repo.stage_cache._get_cache_dir(_get_cache_hash(dict(entry), key=True)))
+        kept = [load_yaml(file) for file in folder.iterdir()] if folder.is_dir() else []
+        params = [
+            _plain(one.get("params"))
+            for one in kept
+            if [_digest(out) for out in one["outs"]] == [_digest(out) for out in entry["outs"]]
+        ]
+        if params and _plain(entry["params"]) not in params:
+            raise Unprovable(
+                f"DVC took the outs of {execution.stage} from its run cache, which overlooks params named "
+                f"{' and '.join(names)}: other values made them; rename the param"
+            )
 
     def _makers(self, path: str) -> list[str]:
         """The stages with an out that is this path, holds it, or lies in it."""
@@ -529,6 +557,13 @@ def _digest(entry: Mapping[str, Any]) -> str:
             return str(entry[key])
     rest = {key: value for key, value in entry.items() if key != "path"}
     return hashlib.md5(json.dumps(rest, sort_keys=True, default=str).encode()).hexdigest() if rest else ""
+
+
+def _keys(values: Any) -> set[str]:
+    """The keys of mappings, at any depth."""
+    if not isinstance(values, Mapping):
+        return set()
+    return {*values}.union(*(_keys(value) for value in values.values()))
 
 
 def _plain(values: Any) -> Any:

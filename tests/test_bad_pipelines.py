@@ -140,6 +140,23 @@ def test_an_evaluation_is_never_recorded_with_params_that_did_not_make_its_model
     pipeline.run("dvc-mlflow", "audit", "--all")
 
 
+def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeline: Pipeline) -> None:
+    """DVC's run cache takes no account of params that are named as its own fields."""
+    text = (pipeline.folder / "dvc.yaml").read_text()
+    pipeline.write("dvc.yaml", text.replace("wc -c < model.txt >", "grep size params.yaml >"))
+    pipeline.run("dvc", "repro")
+    pipeline.run("dvc-mlflow", "sync")
+    pipeline.set(size=2)
+    assert "Stage 'score' is cached" in pipeline.run("dvc", "repro")
+    assert (pipeline.folder / "score.yaml").read_text() == "size: 1\n"
+    line = "score: not recorded: DVC took the outs of score from its run cache, which overlooks params named size"
+    assert line in pipeline.run("dvc-mlflow", "sync", code=1)
+    assert len(pipeline.rows()) == 2
+    pipeline.run("dvc", "repro", "--force")
+    pipeline.run("dvc-mlflow", "sync")
+    assert [run.data.metrics["size"] for run in pipeline.runs() if run.data.tags["stage"] == "score"] == [2, 1]
+
+
 def test_a_forced_run_to_the_same_bytes_is_the_same_execution(live: Pipeline) -> None:
     live.run("dvc", "repro")
     live.run("dvc-mlflow", "sync")

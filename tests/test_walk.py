@@ -42,7 +42,7 @@ stages:
   folder:
     cmd: sh folder.sh
     deps: [folder.sh, part-a.txt, part-b.txt]
-    params: [size]
+    params: [count]
     outs: [folder]
   fit:
     cmd: dvc-mlflow run sh fit.sh
@@ -68,7 +68,7 @@ SCRIPTS = {  # `make` says the same in Python
     "part.sh": "echo $(($(cat raw.txt) * $2 + K)) > part-$1.txt\n",
     "folder.sh": """sum=$(($(cat part-a.txt) + $(cat part-b.txt)))
 mkdir -p folder
-for n in $(seq $(sed -n 's/^size: //p' params.yaml)); do echo $((sum % 5 + n + K)) > folder/$n.txt; done
+for n in $(seq $(sed -n 's/^count: //p' params.yaml)); do echo $((sum % 5 + n + K)) > folder/$n.txt; done
 """,
     "fit.sh": """rate=$(sed -n 's/^rate: //p' params.yaml)
 [ $rate -gt 0 ] || { echo "error: expected a rate above 0, found $rate" >&2; exit 1; }
@@ -91,13 +91,13 @@ sleep ${PAUSE:-0}
 echo "remainder: $((total % $(sed -n 's/^modulus: //p' params.yaml) + K))" > check.yaml
 """,
 }
-VALUES = {"part.a": (1, 3), "part.b": (1, 3), "size": (1, 3), "rate": (0, 4), "epochs": (1, 3), "bias": (0, 3)}
+VALUES = {"part.a": (1, 3), "part.b": (1, 3), "count": (1, 3), "rate": (0, 4), "epochs": (1, 3), "bias": (0, 3)}
 VALUES |= {"modulus": (2, 4)}  # params, with the least and the largest value
 OUTS = {"part@a": ["part-a.txt"], "part@b": ["part-b.txt"], "folder": ["folder"], "fit": ["history.csv", "model.txt"]}
 OUTS |= {"score": ["score.json"], "check": ["check.yaml"]}
 DEPS = {"part@a": ["raw.txt"], "part@b": ["raw.txt"], "folder": ["part-a.txt", "part-b.txt"], "fit": ["folder"]}
 DEPS |= {"score": ["model.txt"], "check": ["folder", "model.txt"]}
-PARAMS = {"part@a": ["part.a"], "part@b": ["part.b"], "folder": ["size"], "fit": ["epochs", "rate"], "score": ["bias"]}
+PARAMS = {"part@a": ["part.a"], "part@b": ["part.b"], "folder": ["count"], "fit": ["epochs", "rate"], "score": ["bias"]}
 PARAMS |= {"check": ["modulus"]}
 SHOWN = ("history.csv", "score.json", "check.yaml")  # outs without which there is no record
 MAKER = {path: stage for stage, paths in OUTS.items() for path in paths}
@@ -130,7 +130,7 @@ def make(stage: str, params: Mapping[str, int], k: int, files: Files) -> dict[st
         return {f"part-{key}.txt": line(number("raw.txt") * params[f"part.{key}"] + k)}
     if stage == "folder":
         total = number("part-a.txt") + number("part-b.txt")
-        return {f"folder/{n}.txt": line(total % 5 + n + k) for n in range(1, params["size"] + 1)}
+        return {f"folder/{n}.txt": line(total % 5 + n + k) for n in range(1, params["count"] + 1)}
     if stage == "fit":
         model = params["rate"] * sum(number(path) for path in files if path.startswith("folder/")) + k
         rows = "".join(f"{epoch},{model * 10 + epoch}\n" for epoch in range(1, params["epochs"] + 1))
@@ -650,7 +650,9 @@ class Walk:
             children = [one for one in finished if one.tags.get(PARENT) == row.id]
             for key, points in metrics.items():
                 theirs = [one.metrics.get(key.partition(".")[2], []) for one in children]
-                assert points[-1][1] in [some[-1][1] for some in theirs if some], f"{about}: no run below has this {key}"
+                assert points[-1][1] in [some[-1][1] for some in theirs if some], (
+                    f"{about}: no run below has this {key}"
+                )
             expected = {f"{one.tags['stage']}.{key}" for one in children for key in one.metrics if "." not in key}
             assert {*metrics} == expected, about
             query = "SELECT status, m.tag_value FROM logged_models JOIN logged_model_tags m USING (model_id)"
@@ -677,9 +679,9 @@ class Walk:
         name = row.tags.get("dvc.exp_name")
         entry = row.entries[-1]
         if name:
-            assert entry.params in [{k: v for k, v in p.items() if k in entry.params} for p in self.experiments[name]], (
-                f"run {row.id} of {stage}: experiment {name} never had {entry.params}"
-            )
+            assert entry.params in [
+                {k: v for k, v in p.items() if k in entry.params} for p in self.experiments[name]
+            ], f"run {row.id} of {stage}: experiment {name} never had {entry.params}"
         if row.id in self.traced or not commit:
             return
         self.traced.add(row.id)
