@@ -14,15 +14,18 @@ import select
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 # What is imported stays. To look through it for garbage, again and again, would take a third of the time.
 gc.disable()
+from dvc.exceptions import DvcException
+
 from dvc_mlflow.execution import Curves, Execution, MissingBytes, read_curves
 from dvc_mlflow.launcher import is_strict
 from dvc_mlflow.project import Git, Owners, Project, Unprovable
-from dvc_mlflow.store import Conflict, Store, describe, quiet
+from dvc_mlflow.store import Conflict, Store, describe, mistaken, quiet
 from dvc_mlflow.text import UserError, valid_name
 
 gc.enable()
@@ -144,6 +147,13 @@ def record(events: Events) -> None:
         return
     run_id = store.publish(run_id, execution, experiment)
     store.show_on_parent(run_id, execution)
+    with contextlib.suppress(DvcException, OSError):  # a dep is gone: DVC says so
+        locked = replace(project.starting(address), outs=execution.outs)  # as DVC is about to write it
+        if locked.id != execution.id:
+            store.mark_mistaken(run_id, locked)
+            warn(f"{mistaken(locked)}; the run shows those that it ran with")
+            say("closed")
+            return
     project.add(execution)
     for reader in project.stages:
         if execution.declared.models and project.would_skip(reader):  # DVC will not run it: this is its record

@@ -66,6 +66,7 @@ ARTIFACT_LOCATIONS = (
 )
 PATCH = "code.patch"  # the artifact of a run of a dirty tree
 EXECUTION = "execution.json"  # the artifact that has the execution itself
+MISTAKEN = "dvc.mistaken."  # with the id of an execution in dvc.lock that was not: a tag of the run of what was
 CLAIM_SECONDS = 30  # how long a run that claims an execution is waited for
 HOST = socket.gethostname()
 
@@ -478,6 +479,10 @@ class Store:
         if found := self.find(execution, experiment):
             self.show_on_parent(found.info.run_id, execution)
             return found.info.run_id, False
+        for one in (*execution.upstream, execution):
+            ran = self.search({"dvc.execution": one.id}, "FINISHED")
+            if not ran and self.search({f"{MISTAKEN}{one.id}": "true"}):
+                raise Unprovable(mistaken(one))
         self.problems += content_of(execution, self.project).problems  # before there is a run: raises MissingBytes
         git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
         git = git if git.commit else Git(author=self.project.author())
@@ -503,6 +508,10 @@ class Store:
         run_id = self.publish(run_id, execution, experiment)
         self.show_on_parent(run_id, execution)
         return run_id
+
+    def mark_mistaken(self, run_id: str, execution: Execution) -> None:
+        """Note on the run of what ran that dvc.lock will have this execution in its place."""
+        self.client.set_tag(run_id, f"{MISTAKEN}{execution.id}", "true")
 
     def _is_of_this_tree(self, execution: Execution) -> bool:
         """Whether the stage, and those before it, would run now as they ran."""
@@ -662,6 +671,14 @@ def describe(error: BaseException) -> str:
     if module in ("dvc", "dvc_data", "dvc_objects", "scmrepo"):
         return without_credentials(f"DVC cannot read the project ({reason})")
     return without_credentials(f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason})")
+
+
+def mistaken(execution: Execution) -> str:
+    """One line on an execution in dvc.lock that never was."""
+    return (
+        f"params or deps of {execution.stage} changed while it was at work, and dvc.lock has them as they were at its "
+        f"end; `dvc repro --force {execution.stage}`"
+    )
 
 
 def experiment_name(project: Project) -> str:

@@ -33,9 +33,9 @@ artifacts:
   net: {{path: model.txt, type: model}}
 """
 FIT = """
+grep rate params.yaml > model.txt
 echo epoch,loss > history.csv
 for epoch in 1 2 3; do echo "$epoch,$(cat data/x)$epoch" >> history.csv; sleep ${PAUSE:-0}; done
-grep rate params.yaml > model.txt
 """
 
 
@@ -205,6 +205,30 @@ def test_a_killed_run_is_not_continued_on_other_data(live: Pipeline) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{live.folder}/mlflow.db")
     points = client.get_metric_history(whole.info.run_id, "loss")
     assert sorted((point.step, point.value) for point in points) == [(1, 7.1), (2, 7.2), (3, 7.3)]
+
+
+def test_params_that_change_while_a_stage_is_at_work_are_not_recorded_as_its_own(live: Pipeline) -> None:
+    """DVC reads them at the end of the stage, and takes those that it finds there for those of the stage."""
+    process = subprocess.Popen(
+        ["dvc", "repro"], cwd=live.folder, env=live.env(PAUSE="2"), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not any("loss" in run.data.metrics for run in live.runs()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    live.set(rate=2)
+    assert "warning: params or deps of fit changed while it was at work" in process.communicate()[1]
+    assert (live.folder / "model.txt").read_text() == "rate: 1\n"
+    assert "rate: 2" in (live.folder / "dvc.lock").read_text()
+    output = live.run("dvc-mlflow", "sync", code=1)
+    for stage in ("fit", "score"):
+        assert f"{stage}: not recorded: params or deps of fit changed while it was at work" in output
+    assert live.rows() == [("fit", "FINISHED", "1")]
+    live.run("dvc-mlflow", "audit", "--all", code=1)
+    live.run("dvc", "repro", "--force")
+    live.run("dvc-mlflow", "sync")
+    assert live.rows() == [("fit", "FINISHED", "1"), ("fit", "FINISHED", "2"), ("score", "FINISHED", "2")]
+    live.run("dvc-mlflow", "audit", "--all")
 
 
 def words(process: psutil.Process) -> list[str]:
