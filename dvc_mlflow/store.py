@@ -449,15 +449,16 @@ class Store:
         return named == experiment or (experiment is None and other.info.status == "FINISHED")
 
     def show_on_parent(self, run_id: str, execution: Execution) -> None:
-        """Put the metrics of a run that read a model on the run that made it; what is there already stays."""
+        """Put the metrics of a run that read a model on the run that made it; of several such runs, the last one's."""
         run = self.client.get_run(run_id)
         parent_id = run.data.tags.get("mlflow.parentRunId")
         if not parent_id:
             return
         parent = self.client.get_run(parent_id)
         metrics = parent_metrics(execution, content_of(execution, self.project), self.own_metrics(parent))
-        if not all(same(parent.data.metrics.get(key), value) for key, value in metrics.items()):
-            self.log_points(parent_id, [(key, value, 0) for key, value in metrics.items()], run.info.end_time)
+        latest = {metric.key: metric.timestamp for metric in parent.data._metric_objs}
+        new = [(key, value, 0) for key, value in metrics.items() if run.info.end_time > latest.get(key, 0)]
+        self.log_points(parent_id, new, run.info.end_time)
 
     def own_metrics(self, run: Run) -> set[str]:
         """The names of the metrics that are of the run itself, and not of those that read its model."""

@@ -311,6 +311,24 @@ class Walk:
     def set_and_repro(self) -> str:
         return f"{self.set_param()} {self.call('dvc', 'repro').returncode}"
 
+    def sync_meanwhile(self) -> str:
+        """Let sync run while stages do."""
+        change, log = self.set_param(), self.folder / ".dvc/tmp/output.txt"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                ["dvc", "repro", *self.rng.choice([[], ["--force"]])],
+                cwd=self.folder,
+                env=environment() | {"PAUSE": "0.5"},
+                stdout=file,
+                stderr=file,
+            )
+            codes = []
+            while process.poll() is None:
+                codes.append(self.bridge("sync").returncode)
+        self.wait_for_processes()
+        self.look_at(log.read_text())
+        return f"{change} {codes}"
+
     def revert(self) -> str:
         rev = self.rng.choice(self.commits)
         paths = self.rng.choice([["params.yaml"], ["params.yaml", "dvc.lock"], ["dvc.lock"], ["."]])
@@ -394,6 +412,22 @@ class Walk:
         self.mistaken.clear()
         return "and its artifacts" if artifacts else ""
 
+    def old_store(self) -> str:
+        """Keep a copy of the store, or put the one back that was kept some time ago."""
+        kept, names = self.parent / "kept", ("mlflow.db", "mlartifacts")
+        if not kept.exists():
+            kept.mkdir()
+            for name in names:
+                if (self.folder / name).exists():
+                    _copy(self.folder / name, kept / name)
+            return "kept"
+        self.lose_store()
+        for name in names:
+            if (kept / name).exists():
+                _copy(kept / name, self.folder / name)
+        shutil.rmtree(kept)
+        return "put back"
+
     def lose_cache(self) -> str:
         part = self.rng.choice(["cache", "cache/runs"])
         shutil.rmtree(self.folder / ".dvc" / part, ignore_errors=True)
@@ -408,14 +442,19 @@ class Walk:
         return path.name
 
     def kill(self) -> str:
-        """Run `dvc repro`, and end it, or part of it, some time later."""
+        """Run `dvc repro` or `dvc exp run`, and end it, or part of it, some time later."""
         seconds, number = self.rng.uniform(0.3, 7), self.rng.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
         whom, place = self.rng.choice(["DVC", "the foreground", "all", "one"]), self.rng.random()
-        self.set_param()
+        command = ["dvc", "repro"]
+        if self.rng.random() < 0.25:
+            name, change = self.new_experiment()
+            command = ["dvc", "exp", "run", "-n", name, "-S", change]
+        else:
+            self.set_param()
         log = self.folder / ".dvc/tmp/output.txt"
         with log.open("w") as file:
             process = subprocess.Popen(
-                ["dvc", "repro"],
+                command,
                 cwd=self.folder,
                 env=environment() | {"PAUSE": "0.4"},
                 stdout=file,
@@ -438,7 +477,7 @@ class Walk:
             process.wait(120)
         self.wait_for_processes()
         self.look_at(log.read_text())
-        return f"{number.name} to {whom} after {seconds:.1f} s{'' if running else ', too late'}"
+        return f"{' '.join(command)}: {number.name} to {whom} after {seconds:.1f} s{'' if running else ', too late'}"
 
     def set_meanwhile(self) -> str:
         """Change a param of fit while fit is at work: DVC takes the new value for the one that it ran with."""
@@ -539,6 +578,13 @@ class Walk:
         k, comment = self.rng.choice([(0, "  # a word"), (0, ""), (1, "")])
         self.write_script(name, k, comment)
         return f"{name} K={k}{comment}"
+
+    def change_command(self) -> str:
+        """Take the launcher away from fit, or put it back."""
+        text = (self.folder / "dvc.yaml").read_text()
+        without = text.replace("dvc-mlflow run sh fit.sh", "sh fit.sh")
+        self.write("dvc.yaml", text.replace("sh fit.sh", "dvc-mlflow run sh fit.sh") if text == without else without)
+        return f"{'with' if text == without else 'without'} the launcher"
 
     def change_data(self) -> str:
         self.write_raw(value := self.rng.randint(1, 3))
@@ -792,11 +838,13 @@ class Walk:
     def is_clean(self) -> bool:
         """Whether dvc.lock says all of the params, the code, the data and the outs as they are."""
         files, params, lock = self.files(), self.params(), self.lock()
+        declared = load_yaml(self.folder / "dvc.yaml")["stages"]
         for stage in STAGES:
             entry = lock.get(stage)
             if entry is None or entry.params != {key: params[key] for key in PARAMS[stage]}:
                 return False
-            if stage.startswith("part@") and entry.cmd != f"sh part.sh {stage[-1]} {params[f'part.{stage[-1]}']}":
+            part = f"sh part.sh {stage[-1]} {params.get(f'part.{stage[-1]}')}"
+            if entry.cmd != (part if stage.startswith("part@") else declared[stage]["cmd"]):
                 return False
             if any(digest(files, path) != md5 for path, md5 in {**entry.deps, **entry.outs}.items()):
                 return False
@@ -815,6 +863,13 @@ PARENT = "mlflow.parentRunId"
 UNPROVABLE = "dvc.lock does not say what made|is not as in dvc.lock|MLflow has no run of|changed while it was at work"
 
 
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
+
+
 def _works_in(process: psutil.Process, folder: Path) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(folder)
@@ -825,6 +880,7 @@ STEPS: dict[Callable[[Walk], str], int] = {  # how often each is taken, of all
     Walk.set_param: 6,
     Walk.set_and_repro: 12,
     Walk.repro: 14,
+    Walk.sync_meanwhile: 3,
     Walk.revert: 6,
     Walk.reset: 4,
     Walk.commit: 6,
@@ -834,6 +890,7 @@ STEPS: dict[Callable[[Walk], str], int] = {  # how often each is taken, of all
     Walk.remove: 2,
     Walk.collect_garbage: 2,
     Walk.lose_store: 3,
+    Walk.old_store: 2,
     Walk.lose_cache: 2,
     Walk.lose_out: 2,
     Walk.kill: 8,
@@ -844,6 +901,7 @@ STEPS: dict[Callable[[Walk], str], int] = {  # how often each is taken, of all
     Walk.dvc_commit: 2,
     Walk.checkout: 3,
     Walk.change_code: 4,
+    Walk.change_command: 2,
     Walk.change_data: 2,
     Walk.move: 2,
     Walk.read_only: 1,
