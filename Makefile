@@ -19,9 +19,9 @@ repro: .venv/installed  ## run what a change affects, then show the metrics
 test: .venv/installed  ## run the tests
 	@pytest tests/
 
-stress: .venv/installed  ## run the long forms of the reliability tests: kills, faults, bad input; 10 minutes
+stress: .venv/installed  ## run the long forms of the reliability tests: kills, faults, bad input; 30 minutes
 	@pytest --stress tests/test_kills.py tests/test_checkpoint.py tests/test_faults.py tests/test_bad_input.py \
-		tests/test_fetch.py tests/test_security.py tests/test_places.py
+		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py
 
 bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 15 minutes, with nothing else at work
 	@dvc repro fetch
