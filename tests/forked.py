@@ -28,15 +28,15 @@ context.set_forkserver_preload(LIBRARIES)
 
 
 def run_module(
-    module: str, arguments: Sequence[str], folder: Path, env: dict[str, str], source: Path | None = None
+    module: str, arguments: Sequence[str], folder: Path, env: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m module arguments` in the folder, with exactly this environment and nothing to read.
 
-    The module is that of the folder `source`, or of the folder itself.
+    The module is that of the folder, or of this project.
     """
     with tempfile.TemporaryDirectory() as outputs:
         files = [f"{outputs}/stdout", f"{outputs}/stderr"]
-        process = context.Process(target=_become, args=(module, arguments, folder, env, files, source))
+        process = context.Process(target=_become, args=(module, arguments, folder, env, files))
         process.start()
         process.join()
         stdout, stderr = (Path(file).read_text() for file in files)
@@ -50,7 +50,6 @@ def _become(
     folder: Path,
     env: dict[str, str],
     files: Sequence[str],
-    source: Path | None,
 ) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)

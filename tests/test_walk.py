@@ -27,7 +27,7 @@ from typing import Any
 import forked
 import psutil
 import pytest
-from conftest import ROOT, Project, environment
+from conftest import Project, environment
 from dvc.utils.serialize import load_yaml, modify_yaml
 
 PIPELINE = """
@@ -275,7 +275,7 @@ class Walk:
 
     def bridge(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Do what `dvc-mlflow …` does."""
-        ended = forked.run_module("dvc_mlflow", words, self.folder, environment(), ROOT)
+        ended = forked.run_module("dvc_mlflow", words, self.folder, environment())
         assert not re.search("Traceback|defect", ended.stdout + ended.stderr), ended
         return ended
 
