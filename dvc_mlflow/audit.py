@@ -4,7 +4,6 @@ import json
 import posixpath
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ def audit(store: Store, everything: bool = False) -> Iterator[str]:
             execution = project.locked(address)
         except Unprovable as error:
             alone = project.locked_alone(address)
-            if not (alone and store.find(alone)):
+            if not (alone and store.find_alone(alone)):
                 yield f"{address}: {error}, so that it has no run; `dvc repro`"
             continue
         if execution is None:
             continue
         run = store.find(execution)
-        if run is None:
-            run = store.find(replace(execution, upstream=()))  # of this execution, but below another run
         if run is None:
             yield f"{address}: MLflow has no finished run of what dvc.lock records; `dvc-mlflow sync`"
             continue
@@ -135,13 +132,11 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
     files = store.project if locked else RunFiles(store, run)
     try:
         expected = content_of(locked or execution, files)
-        if locked:
-            expected = _with_params(expected, execution)
     except MissingBytes as error:
         if locked is None:
             yield f"its artifacts do not have {error}"
             return
-        expected = _with_params(start_of(locked, store.project), execution)
+        expected = start_of(locked, store.project)
         found = store.read(run, expected)
         for name, one, other in differences(found, expected):
             if name.startswith(("params", "datasets")):
@@ -171,21 +166,6 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
         parent = store.client.get_run(parent_id) if parent_id else None
         if parent is None or parent.data.tags.get("dvc.execution") != maker.id:
             yield "its parent is not the run that made its model"
-
-
-def _with_params(content: Any, execution: Execution) -> Any:
-    """The content with the params of the stages before it as they were when the run was made."""
-    return replace(content, params=start_of(execution, _NoFiles()).params)
-
-
-class _NoFiles:
-    """No bytes at all: params need none."""
-
-    def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
-        """Nothing."""
-
-    def entries(self, path: str, digest: str) -> None:
-        """Nothing."""
 
 
 def _of_children(store: Store, run: Run, own: set[str]) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -66,8 +66,18 @@ class Execution:
 
     @property
     def id(self) -> str:
-        """SHA-256 of the whole execution, outs included; two that are alike are one."""
-        return _sha256([self.stage, self.fingerprint, self.outs])
+        """SHA-256 of the whole execution, with its outs and the params before it; two that are alike are one."""
+        before = {one.stage: one.params for one in self.upstream if one.params}
+        return _sha256([self.stage, self.fingerprint, self.outs, before])
+
+    def chain(self) -> Iterator["Execution"]:
+        """Those before it and itself, each with those before it."""
+        whole: list[Execution] = []
+        for one in self.upstream:
+            near = [other for other in whole if any(_meet(dep, out) for dep in one.deps for out in other.outs)]
+            before = {other.stage: other for maker in near for other in (*maker.upstream, maker)}
+            whole.append(replace(one, upstream=tuple(other for other in whole if other.stage in before)))
+        yield from (*whole, self)
 
     def to_json(self) -> str:
         """The execution, with those before it, as the artifact that the run keeps."""
@@ -76,8 +86,8 @@ class Execution:
     def maker_of_model(self) -> "Execution | None":
         """The execution that made the model that this one reads; None if it reads none that a stage made."""
         for path in self.declared.models_read.values():
-            for other in self.upstream:
-                if any(inside(path, out) for out in other.outs):
+            for other in self.chain():
+                if other is not self and any(inside(path, out) for out in other.outs):
                     return other
         return None
 
@@ -335,6 +345,11 @@ def same(one: Any, other: Any) -> bool:
 def inside(path: str, folder: str) -> bool:
     """Whether a path is the folder, or in it."""
     return path == folder or path.startswith(f"{folder}/") or folder == "."
+
+
+def _meet(path: str, other: str) -> bool:
+    """Whether one of the paths is the other, or in it."""
+    return inside(path, other) or inside(other, path)
 
 
 def differences(one: Content, other: Content) -> Iterator[tuple[str, Any, Any]]:

@@ -1,5 +1,6 @@
 """What DVC knows of a project, by its own index: stages, what they declare, what dvc.lock records, where bytes are."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -486,8 +487,10 @@ class Owners:
         if experiment and rev:
             with project.repo.switch(rev):
                 there = project.at_this_revision()
-                found = (there.locked_alone(address) for address in there.stages)
-                self._baseline = {execution.id for execution in found if execution}
+                for address in there.stages:
+                    with contextlib.suppress(Unprovable):
+                        execution = there.locked(address)
+                        self._baseline |= {execution.id} if execution else set()
 
     def of(self, execution: Execution) -> str | None:
         """The experiment's name if the execution is its own."""

@@ -148,6 +148,14 @@ class Store:
             runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
         return runs[0] if runs else None
 
+    def find_alone(self, execution: Execution) -> Run | None:
+        """A finished run of an execution of which it is not known what came before it."""
+        outs = {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
+        for run in self.search({"stage": execution.stage, "dvc.fingerprint": execution.fingerprint}, "FINISHED"):
+            if outs.items() <= run.data.tags.items():
+                return run
+        return None
+
     def parent(self, execution: Execution, experiment: str | None = None) -> Run | None:
         """The run that made the model that the execution reads; None if it reads none.
 
@@ -480,7 +488,7 @@ class Store:
         if found := self.find(execution, experiment):
             self.show_on_parent(found.info.run_id, execution)
             return found.info.run_id, False
-        for one in (*execution.upstream, execution):
+        for one in execution.chain():
             ran = self.search({"dvc.execution": one.id}, "FINISHED")
             if not ran and self.search({f"{MISTAKEN}{one.id}": "true"}):
                 raise Unprovable(mistaken(one))

@@ -1,12 +1,11 @@
 """Make MLflow agree with DVC: record each execution whose run is missing."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from dvc.exceptions import DvcException
 from scmrepo.exceptions import SCMError
 
-from dvc_mlflow.execution import MissingBytes
+from dvc_mlflow.execution import Execution, MissingBytes
 from dvc_mlflow.project import Owners, Project, Unprovable
 from dvc_mlflow.store import Store, describe
 from dvc_mlflow.text import one_line
@@ -31,23 +30,28 @@ def sync(store: Store, close_stale: float | None = None) -> Iterator[tuple[str, 
 
 def record_all(store: Store, project: Project, owners: Owners | None, label: str) -> Iterator[tuple[str, bool]]:
     """Record the executions of the locks of a project, in order."""
-    alone = [execution for address in project.stages if (execution := project.locked_alone(address))]
-    everything = owners is not None and all(owners.of(execution) is None for execution in alone)
+    found: dict[str, Execution | Unprovable | None] = {}
     for address in project.stages:
-        alone_here = project.locked_alone(address)
-        if alone_here is None:
+        try:
+            found[address] = project.locked(address)
+        except Unprovable as error:
+            found[address] = error
+    everything = not any(owners and owners.of(one) for one in found.values() if isinstance(one, Execution))
+    for address, execution in found.items():
+        if execution is None:
             if owners is None:
                 yield f"{address}: not run yet", False
             continue
-        experiment = None if owners is None else owners.experiment if everything else owners.of(alone_here)
-        if owners is not None and experiment is None:
-            continue  # its baseline's
+        experiment = owners.experiment if owners else None
         try:
-            execution = project.locked(address)
-            assert execution
+            if isinstance(execution, Unprovable):
+                raise execution
+            if owners and not everything and owners.of(execution) is None:
+                continue  # its baseline's
             run_id, made = store.record(execution, experiment)
         except (Unprovable, MissingBytes) as error:
-            if store.find(replace(alone_here, upstream=()), experiment):
+            alone = project.locked_alone(address)
+            if alone and store.find_alone(alone):
                 yield f"{label}{address}: recorded before", False
             else:
                 yield f"{label}{address}: not recorded: {describe(error)}", True

@@ -140,6 +140,35 @@ def test_an_evaluation_is_never_recorded_with_params_that_did_not_make_its_model
     pipeline.run("dvc-mlflow", "audit", "--all")
 
 
+def test_each_lock_has_runs_with_its_own_params_even_where_the_bytes_are_the_same(pipeline: Pipeline) -> None:
+    """A stage's param changed and its out did not, so that DVC skips those after it."""
+    names = """stages:
+  names:
+    cmd: echo 1 > names.txt
+    params: [label]
+    outs: [names.txt]"""
+    text = (pipeline.folder / "dvc.yaml").read_text().replace("\nstages:", names, 1)
+    pipeline.write("dvc.yaml", text.replace("deps: [fit.sh, data]", "deps: [fit.sh, data, names.txt]"))
+    pipeline.write("params.yaml", "rate: 1\nsize: 1\nlabel: first\n")
+    pipeline.run("dvc", "repro")
+    pipeline.commit()
+    pipeline.write("params.yaml", "rate: 1\nsize: 1\nlabel: second\n")
+    pipeline.run("dvc", "repro", "names")
+    pipeline.run("dvc-mlflow", "sync")
+    pipeline.run("git", "checkout", "-q", ".")
+    pipeline.run("dvc", "repro")
+    assert pipeline.run("dvc-mlflow", "audit", code=1).count("MLflow has no finished run") == 3
+    pipeline.run("dvc-mlflow", "sync")
+    pipeline.run("dvc-mlflow", "audit", "--all")
+    labels = sorted((run.data.tags["stage"], run.data.params["label"]) for run in pipeline.runs())
+    assert labels == [(stage, label) for stage in ("fit", "names", "score") for label in ("first", "second")]
+    runs = {run.info.run_id: run for run in pipeline.runs()}
+    scores = [run for run in runs.values() if run.data.tags["stage"] == "score"]
+    for run in scores:
+        parent = runs[run.data.tags["mlflow.parentRunId"]]
+        assert (parent.data.tags["stage"], parent.data.params["label"]) == ("fit", run.data.params["label"])
+
+
 def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeline: Pipeline) -> None:
     """DVC's run cache takes no account of params that are named as its own fields."""
     text = (pipeline.folder / "dvc.yaml").read_text()

@@ -254,7 +254,7 @@ class Walk:
 
     def call(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Do what a user does, who may be refused."""
-        ended = self.project.run(*command, check=False, **env)
+        ended = self.project.run(*command, check=False, warns=False, **env)
         self.look_at(ended.stdout + ended.stderr)
         self.wait_for_processes()
         return ended
