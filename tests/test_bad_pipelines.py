@@ -186,6 +186,23 @@ def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeli
     assert [run.data.metrics["size"] for run in pipeline.runs() if run.data.tags["stage"] == "score"] == [2, 1]
 
 
+def test_a_change_that_git_overlooks_is_in_the_patch(pipeline: Pipeline) -> None:
+    """Git believes that a file of the same size and time is the same; DVC's experiments change params that quickly."""
+    params = pipeline.folder / "params.yaml"
+    os.utime(params, (1e9, 1e9))
+    pipeline.run("git", "config", "core.trustctime", "false")
+    pipeline.run("git", "add", "params.yaml")
+    pipeline.set(rate=2)
+    os.utime(params, (1e9, 1e9))
+    pipeline.run("dvc", "repro")
+    assert "params.yaml" not in pipeline.run("git", "diff")
+    pipeline.run("dvc-mlflow", "sync")
+    for run in pipeline.runs():
+        assert run.data.tags["git.dirty"] == "true"
+        patch = pipeline.folder / "mlartifacts" / run.info.run_id / "artifacts" / "code.patch"
+        assert "+rate: 2" in patch.read_text()
+
+
 def test_a_forced_run_to_the_same_bytes_is_the_same_execution(live: Pipeline) -> None:
     live.run("dvc", "repro")
     live.run("dvc-mlflow", "sync")
