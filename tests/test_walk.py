@@ -252,9 +252,9 @@ class Walk:
         self.raws[hashlib.md5(data).hexdigest()] = data
         self.write("raw.txt", data.decode())
 
-    def call(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def call(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Do what a user does, who may be refused."""
-        ended = self.project.run(*command, check=False, warns=False, **env)
+        ended = self.project.run(*command, check=False)
         self.look_at(ended.stdout + ended.stderr)
         self.wait_for_processes()
         return ended
