@@ -264,7 +264,7 @@ class Walk:
         assert "dvc_mlflow" not in output.partition("Traceback")[2], output
         assert "defect" not in output, output
         for line in re.findall("^warning: .*", output, re.MULTILINE):
-            assert re.search(UNPROVABLE, line), line
+            assert re.search(EXPECTED_WARNINGS, line), line
 
     def wait_for_processes(self) -> None:
         """Wait for the processes at work in the project, such as the orphans of a DVC that was killed."""
@@ -860,7 +860,10 @@ class Walk:
 
 
 PARENT = "mlflow.parentRunId"
-UNPROVABLE = "dvc.lock does not say what made|is not as in dvc.lock|MLflow has no run of|changed while it was at work"
+EXPECTED_WARNINGS = (
+    "dvc.lock does not say what made|is not as in dvc.lock|MLflow has no run of|changed while it was at work"
+    "|MLflow took over 60 s"  # on a busy machine
+)
 
 
 def _copy(source: Path, target: Path) -> None:
