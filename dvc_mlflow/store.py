@@ -66,7 +66,7 @@ ARTIFACT_LOCATIONS = (
 )
 PATCH = "code.patch"  # the artifact of a run of a dirty tree
 EXECUTION = "execution.json"  # the artifact that has the execution itself
-MISTAKEN = "dvc.mistaken."  # with the id of an execution in dvc.lock that was not: a tag of the run of what was
+MISTAKEN = "dvc.mistaken."  # and a hash of an entry of dvc.lock that never ran: a tag of the run of what did
 CLAIM_SECONDS = 30  # how long a run that claims an execution is waited for
 HOST = socket.gethostname()
 
@@ -488,9 +488,8 @@ class Store:
         if found := self.find(execution, experiment):
             self.show_on_parent(found.info.run_id, execution)
             return found.info.run_id, False
-        for one in execution.chain():
-            ran = self.search({"dvc.execution": one.id}, "FINISHED")
-            if not ran and self.search({f"{MISTAKEN}{one.id}": "true"}):
+        for one in (*execution.upstream, execution):
+            if self.search({_mistaken_tag(one): "true"}) and not self.find_alone(one):
                 raise Unprovable(mistaken(one))
         self.problems += content_of(execution, self.project).problems  # before there is a run: raises MissingBytes
         git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
@@ -520,7 +519,7 @@ class Store:
 
     def mark_mistaken(self, run_id: str, execution: Execution) -> None:
         """Note on the run of what ran that dvc.lock will have this execution in its place."""
-        self.client.set_tag(run_id, f"{MISTAKEN}{execution.id}", "true")
+        self.client.set_tag(run_id, _mistaken_tag(execution), "true")
 
     def _is_of_this_tree(self, execution: Execution) -> bool:
         """Whether the stage, and those before it, would run now as they ran."""
@@ -808,6 +807,11 @@ def _pinned(package: str) -> str:
         return f"{package}=={importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return package
+
+
+def _mistaken_tag(execution: Execution) -> str:
+    """The tag that says that this entry of dvc.lock is mistaken, whatever came before it."""
+    return f"{MISTAKEN}{replace(execution, upstream=()).id}"
 
 
 def _is_hash(key: str) -> bool:

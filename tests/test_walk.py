@@ -668,7 +668,10 @@ class Walk:
             self.check_code(row)
         own = [(row.tags["dvc.execution"], row.tags.get("dvc.exp_name"), row.tags.get(PARENT)) for row in finished]
         assert len(own) == len(set(own)), "an execution has two runs"
-        missing = self.check_workspace(finished) | self.check_experiments(finished)
+        missing = self.check_lock(self.lock(), finished)
+        for name, rev in self.listed().items():
+            lock = read_lock(self.project.run("git", "show", f"{rev}:dvc.lock", check=False).stdout)
+            missing |= self.check_lock(lock, finished, name, rev)
         unrecorded = {line.partition(": not recorded: ")[0] for line in lines if ": not recorded: " in line}
         assert (code == 1) == bool(unrecorded), lines
         assert unrecorded == missing, f"{unrecorded} are not recorded, {missing} cannot be"
@@ -786,53 +789,44 @@ class Walk:
         shown = subprocess.run(["git", "show", f"{rev}:{path}"], cwd=self.folder, capture_output=True)
         return bool(rev) and shown.returncode == 0 and hashlib.md5(shown.stdout).hexdigest() == md5
 
-    def recorded(
-        self, lock: Mapping[str, Entry], finished: list[Row], name: str | None = None, rev: str = ""
-    ) -> dict[str, bool]:
-        """Whether each execution of a lock has its row, or need not have one: it cannot be shown how it came about."""
-        here: dict[str, bool] = {}
-        able: dict[str, bool] = {}
+    def whole(self, lock: Mapping[str, Entry], stage: str) -> str:
+        """The execution with the params before it; "" if dvc.lock does not say what made what it read."""
+        chain = [*before(stage), stage]
+        for one in chain:
+            if one not in lock or lock[one].key in self.mistaken:
+                return ""
+            made = {path: lock[MAKER[path]].outs[path] for path in DEPS[one] if path in MAKER}
+            if not made.items() <= lock[one].deps.items():
+                return ""
+        return lock[stage].key + json.dumps([[one, lock[one].params] for one in chain], sort_keys=True)
+
+    def check_lock(self, lock: Mapping[str, Entry], finished: list[Row], name: str = "", rev: str = "") -> set[str]:
+        """Each execution of a lock has its run, of the experiment `name`, if it can be shown; those without one."""
+        missing, baseline = set(), set()
+        if name:
+            head = read_lock(self.project.run("git", "show", "HEAD:dvc.lock", check=False).stdout)
+            baseline = {self.whole(head, stage) for stage in head} - {""}
+            if {whole for stage in lock if (whole := self.whole(lock, stage))} <= baseline:
+                baseline = set()  # what equals its baseline has runs of its own
+        of_lock = {row.id: {one.stage: one for one in row.entries} for row in finished}
         for stage in [one for one in STAGES if one in lock]:
-            entry = lock[stage]
-            found = [row for row in finished if row.entries[-1].key == entry.key]
-            here[stage] = any(name is None or row.tags.get("dvc.exp_name") == name for row in found)
-            makers = {path: MAKER[path] for path in DEPS[stage] if path in MAKER}
-            chained = entry.key not in self.mistaken and all(
-                maker in lock and lock[maker].outs[path] == entry.deps.get(path) and able.get(f"{maker} chained")
-                for path, maker in makers.items()
+            whole = self.whole(lock, stage)
+            if whole in baseline:
+                continue
+            known = [row for row in finished if row.entries[-1].key == lock[stage].key]
+            own = [row for row in known if whole and self.whole(of_lock[row.id], stage) == whole]
+            own = [row for row in own if not name or row.tags.get("dvc.exp_name") == name]
+            able = whole and all(
+                self.has_bytes(path, md5, rev) for path, md5 in lock[stage].outs.items() if path in SHOWN
             )
-            able[f"{stage} chained"] = chained
-            able[stage] = chained and all(
-                self.has_bytes(path, md5, rev) for path, md5 in entry.outs.items() if path in SHOWN
-            )
-            if "fit" in makers.values():
-                fits = [row for row in finished if row.entries[-1].key == lock["fit"].key] if "fit" in lock else []
-                able[stage] = able[stage] and bool(fits)
-            assert here[stage] or not able[stage], f"{stage} of dvc.lock has no run{f' of {name}' if name else ''}"
-        return here
-
-    def check_workspace(self, finished: list[Row]) -> set[str]:
-        """Each execution of dvc.lock has its run, if it can be shown; those that cannot are returned."""
-        return {stage for stage, here in self.recorded(self.lock(), finished).items() if not here}
-
-    def check_experiments(self, finished: list[Row]) -> set[str]:
-        """Each experiment has runs of its own for what its baseline does not have; those that cannot are returned."""
-        missing = set()
-        for name, rev in self.listed().items():
-            texts = [self.project.run("git", "show", f"{one}:dvc.lock", check=False).stdout for one in (rev, "HEAD")]
-            lock, baseline = (read_lock(text) for text in texts)
-            theirs = {entry.key for entry in baseline.values()}
-            own = [stage for stage, entry in lock.items() if entry.key not in theirs] or list(lock)
-            here = self.recorded(lock, finished, None, rev)
-            named = {
-                stage: any(
-                    row.entries[-1].key == lock[stage].key and row.tags.get("dvc.exp_name") == name for row in finished
+            if "model.txt" in DEPS[stage]:
+                fit = self.whole(lock, "fit")
+                able = able and any(
+                    self.whole(of_lock[r.id], "fit") == fit for r in finished if r.tags["stage"] == "fit"
                 )
-                for stage in own
-            }
-            missing |= {f"{name}: {stage}" for stage in own if not named[stage]}
-            for stage in own:
-                assert named[stage] or not here[stage], f"{stage} of {name} has no run of its own"
+            assert own or not able, f"{stage} of dvc.lock has no run{f' of {name}' if name else ''}"
+            if not own and (able or not known):
+                missing.add(f"{name}: {stage}" if name else stage)
         return missing
 
     def is_clean(self) -> bool:
