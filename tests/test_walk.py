@@ -793,7 +793,7 @@ class Walk:
         """The execution with the params before it; "" if dvc.lock does not say what made what it read."""
         chain = [*before(stage), stage]
         for one in chain:
-            if one not in lock or lock[one].key in self.mistaken:
+            if one not in lock:
                 return ""
             made = {path: lock[MAKER[path]].outs[path] for path in DEPS[one] if path in MAKER}
             if not made.items() <= lock[one].deps.items():
@@ -816,7 +816,9 @@ class Walk:
             known = [row for row in finished if row.entries[-1].key == lock[stage].key]
             own = [row for row in known if whole and self.whole(of_lock[row.id], stage) == whole]
             own = [row for row in own if not name or row.tags.get("dvc.exp_name") == name]
-            able = whole and all(
+            mistaken = any(lock[one].key in self.mistaken for one in [*before(stage), stage] if one in lock)
+            able = whole and not mistaken
+            able = able and all(
                 self.has_bytes(path, md5, rev) for path, md5 in lock[stage].outs.items() if path in SHOWN
             )
             if "model.txt" in DEPS[stage]:
