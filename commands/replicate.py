@@ -44,6 +44,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except FileNotFoundError as error:
         sys.exit(f"error: expected {error.filename}, found none; install it")
+    for key in ("user.name", "user.email"):  # DVC commits each experiment
+        if subprocess.run(["git", "config", key], capture_output=True).returncode:
+            sys.exit(f"error: expected {key} in git's configuration, found none; `git config --global {key} …` sets it")
     name = f"{args.name}-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
     results: dict[int, Mapping[str, float]] = {}
     for seed in tqdm(range(args.seeds), name, unit="seed", disable=None):

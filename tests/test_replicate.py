@@ -53,3 +53,10 @@ def test_without_a_commit_it_says_so_in_one_line(fresh_project: Project, tmp_pat
     assert failed.returncode == 1
     (line,) = failed.stderr.splitlines()
     assert line.startswith("error: ")
+
+
+def test_without_a_git_identity_it_says_so_before_it_starts(project: Project, tmp_path: Path) -> None:
+    failed = project.command("replicate", "--seeds", "1", check=False, HOME=str(tmp_path))
+    assert failed.returncode == 1
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith("error: expected user.name in git's configuration, found none; `git config --global")
