@@ -86,6 +86,13 @@ class Project:
         ordered = [stage for stage in topological_sort(graph.reverse()) if isinstance(stage, PipelineStage)]
         return {self.address(stage): stage for stage in ordered}
 
+    def after(self, address: str) -> list[str]:
+        """The stages that depend on this one, directly or not, each after those that it depends on."""
+        from networkx import ancestors
+
+        found = ancestors(self.repo.index.graph, self.stages[address])
+        return [other for other, stage in self.stages.items() if stage in found]
+
     def address(self, stage: PipelineStage) -> str:
         """The stage's address from the root of the project: `train@0`, or `sub/dvc.yaml:train`."""
         path = posixpath.relpath(Path(stage.path).as_posix(), Path(self.repo.root_dir).as_posix())

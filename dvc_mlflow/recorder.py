@@ -155,11 +155,10 @@ def record(events: Events) -> None:
             say("closed")
             return
     project.add(execution)
-    for reader in project.stages:
-        if execution.declared.models and project.would_skip(reader):  # DVC will not run it: this is its record
+    for later in project.after(address):
+        if project.would_skip(later):  # DVC will not run it: this is its record
             try:
-                locked = project.locked(reader)
-                if locked and locked.maker_of_model() and execution.stage in [one.stage for one in locked.upstream]:
+                if locked := project.locked(later):
                     store.record(locked, experiment)
             except (Unprovable, MissingBytes):
                 pass  # sync says so
