@@ -4,7 +4,6 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
-STORE := sqlite:///mlflow.db
 
 .PHONY: help repro test stress bench ui sync audit lint format lock
 
@@ -27,10 +26,8 @@ bench: .venv/installed  ## measure the pipeline against a plain PyTorch program:
 	@dvc repro fetch
 	@python -m benchmarks.run
 
-# One worker, and none of the processes for jobs, which only GenAI has: a sixth of the memory, half of the wait.
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT=5001 for another port)
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri $(STORE) \
-		--host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
+	@dvc-mlflow ui --port $(MLFLOW_PORT)
 
 sync: .venv/installed  ## make MLflow agree with dvc.lock
 	@dvc-mlflow sync

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import torch
 from dvc.utils.serialize import load_yaml, modify_yaml
-from mlflow.entities import Metric, Param
 from tqdm import tqdm
 
+from benchmarks.history import make_history
+from benchmarks.store import fill
 from stages.dataset import Dataset, read_dataset, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 NOTES = "\n## Notes\n"  # in RESULTS.md, all from here on is written by hand
 ACCURACY = 0.8786  # what the plain program's own recipe reaches where it is lucky
 DATA = {part: f"data/fashion-mnist/{part}.safetensors" for part in ("train", "test")}
-RUNS = 2000
+RUNS = 10_000
 
 PREFIX = "dvc-mlflow run "  # of the commands in dvc.yaml
 
@@ -265,41 +265,52 @@ def measure_scaling(bench: Bench) -> list[Row]:
     ]  # fmt: skip
 
 
-def measure_store(bench: Bench) -> Row:
-    """What the recorder of an evaluate run takes, in a store of its own and in one of 2,000 more runs."""
+def measure_store(bench: Bench) -> list[Row]:
+    """What the recorder and other commands take, in a store of the pipeline alone and in one of 10,000 more runs."""
     folder = bench.copy(epochs=1)
     bench.time(["dvc", "repro"], folder)
     few, many = folder / "mlflow.db", folder / "many.db"
     shutil.copyfile(few, many)
-    fill(f"sqlite:///{many}")
+    fill(f"sqlite:///{many}", RUNS)
     now, command = int(time.time() * 1000), load_yaml(folder / "dvc.yaml")["stages"]["evaluate"]["cmd"]
     start = {"stage": "evaluate", "command": command.split()[2:], "time": now, "pid": os.getpid()}
     events = "".join(json.dumps(event) + "\n" for event in (start, {"status": "FINISHED"}, {"succeeded": True}))
-    seconds: dict[Path, list[float]] = {few: [], many: []}
-    for _ in tqdm(range(8), "2,000 runs", disable=None):
-        for store, values in seconds.items():
-            began = time.perf_counter()
-            env = os.environ | {"DVC_STAGE": "evaluate", "MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
-            command = [sys.executable, "-m", "dvc_mlflow.recorder"]
-            subprocess.run(command, cwd=folder, input=events, text=True, env=env, check=True, capture_output=True)
-            values.append(time.perf_counter() - began)
-    name = f"tracking of a stage, {RUNS:,} runs in the SQLite store, against 3"
-    return Row(name, "≤ 1.2", ratio(seconds[many][1:], seconds[few][1:]), seconds[many][1:], seconds[few][1:], "s")
+    rows = []
+    for words, name, target in (
+        (["recorder"], "tracking of a stage", "≤ 1.3"),
+        (["sync"], "`dvc-mlflow sync` with nothing to do", "≤ 3 s"),
+        (["audit"], "`dvc-mlflow audit`", "≤ 3 s"),
+        (["lineage", "models/lenet.safetensors"], "`dvc-mlflow lineage FILE`", "≤ 2 s"),
+    ):
+        recorder = words == ["recorder"]
+        command = [sys.executable, "-m", "dvc_mlflow.recorder"] if recorder else ["dvc-mlflow", *words]
+        seconds: dict[Path, list[float]] = {few: [], many: []}
+        for _ in tqdm(range(8), name, disable=None):
+            for store, values in seconds.items():
+                began = time.perf_counter()
+                env = (
+                    os.environ
+                    | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
+                    | ({"DVC_STAGE": "evaluate"} if recorder else {})
+                )
+                subprocess.run(command, cwd=folder, input=events, text=True, env=env, check=True, capture_output=True)
+                values.append(time.perf_counter() - began)
+        ours, theirs = seconds[many][1:], seconds[few][1:]
+        figure = ratio(ours, theirs) if recorder else statistics.median(ours)
+        rows.append(Row(f"{name}, {RUNS:,} runs in the SQLite store, against 3", target, figure, ours, theirs, "s"))
+    return rows
 
 
-def fill(uri: str) -> None:
-    """Add runs like those that are there, of other fingerprints."""
-    client = mlflow.MlflowClient(uri)
-    (experiment,) = [one for one in client.search_experiments() if one.experiment_id != "0"]
-    models = client.search_runs([experiment.experiment_id])
-    for number in tqdm(range(RUNS), "fill", disable=None):
-        model = models[number % len(models)]
-        tags = {**model.data.tags, "dvc.fingerprint": f"{number:064d}"}
-        run_id = client.create_run(experiment.experiment_id, tags=tags).info.run_id
-        params = [Param(key, value) for key, value in model.data.params.items()]
-        metrics = [Metric(key, value, 0, step) for key, value in model.data.metrics.items() for step in range(1, 6)]
-        client.log_batch(run_id, metrics=metrics, params=params)
-        client.set_terminated(run_id)
+def measure_history(bench: Bench) -> Row:
+    """`dvc-mlflow sync --all` of 200 commits in each of which three stages ran, and again with nothing to do."""
+    ours, theirs = [], []
+    for number in tqdm(range(3), "history", disable=None):
+        folder = bench.folder / f"history-{number}"
+        make_history(folder, 200)
+        ours.append(bench.time(["dvc-mlflow", "sync", "--all"], folder))
+        theirs.append(bench.time(["dvc-mlflow", "sync", "--all"], folder))
+    name = "`dvc-mlflow sync --all`, 200 commits of three stages, against the second time"
+    return Row(name, "≤ 60 s", statistics.median(ours), ours, theirs, "s")
 
 
 def measure_gpu(bench: Bench) -> Row:
@@ -329,7 +340,8 @@ def machine() -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))
-        rows = [*measure_cold(bench), measure_nothing(bench), *measure_scaling(bench), measure_store(bench)]
+        rows = [*measure_cold(bench), measure_nothing(bench), *measure_scaling(bench)]
+        rows += [*measure_store(bench), measure_history(bench)]
         if torch.cuda.is_available():
             rows.append(measure_gpu(bench))
     table = "\n".join(

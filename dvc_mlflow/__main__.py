@@ -4,7 +4,9 @@ import argparse
 import gc
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DESCRIPTION = "MLflow as a view of what DVC ran, skipped or restored, in any pipeline."
 EXAMPLES = {
@@ -20,7 +22,26 @@ Record each execution of dvc.lock, and of this commit's experiments, whose run i
 of this host that are gone. Fails if something could not be recorded.
 
   dvc-mlflow sync                     after `dvc repro`, `dvc pull`, or an outage of MLflow
+  dvc-mlflow sync --all               all commits, branches, tags and experiments: an old project's whole history
+  dvc-mlflow sync --rev v1.0 my-exp   some of them
+  dvc-mlflow sync --all --fetch       and get the metrics and plots that are neither in git nor in the cache
   dvc-mlflow sync --close-stale 24    and close what other hosts left RUNNING a day ago: a CI runner that is gone""",
+    "init": """\
+Look at dvc.yaml and print, as a diff, what it could declare for better records: metrics that are plain outs, plots
+without x, models and data that no artifact names. No stage has to run again for it.
+
+  dvc-mlflow init            print it
+  dvc-mlflow init --apply    write it
+  dvc-mlflow init --live     and `dvc-mlflow run` in front of each command: DVC runs these stages again""",
+    "ui": """\
+Serve the MLflow UI of this store on loopback, and print the address of a view: the declared metrics, the params that
+vary, the best run first. If MLFLOW_TRACKING_URI names a server, print the address alone.
+
+  dvc-mlflow ui                on http://127.0.0.1:5000
+  dvc-mlflow ui --port 5001    on another port
+
+The best is the one of most accuracy or least loss, as the metric's name says, or as a stage's `meta` says:
+`meta: {maximize: accuracy}` or `meta: {minimize: cost}`.""",
     "audit": """\
 Compare dvc.yaml, the params, dvc.lock, the files, DVC's cache and MLflow; list each disagreement in one line. Fails if
 there is one.
@@ -52,6 +73,14 @@ def main() -> None:
     }
     of["run"].add_argument("words", nargs="+", metavar="COMMAND", help="the command and its arguments")
     of["sync"].add_argument("--close-stale", type=float, metavar="HOURS", help="close runs of other hosts of this age")
+    of["sync"].add_argument("--all", action="store_true", help="record all commits, branches, tags and experiments")
+    of["sync"].add_argument("--rev", nargs="+", default=[], metavar="REV", help="record these commits or experiments")
+    of["sync"].add_argument(
+        "--fetch", action="store_true", help="get metrics and plots of --all or --rev from the remote"
+    )
+    of["init"].add_argument("--apply", action="store_true", help="write it")
+    of["init"].add_argument("--live", action="store_true", help="record stages while they are at work")
+    of["ui"].add_argument("--port", type=int, default=5000, help="of 127.0.0.1; 5000 if none is named")
     of["audit"].add_argument("--all", action="store_true", help="check every finished run in the store")
     of["lineage"].add_argument("target", metavar="RUN_ID|FILE|MD5")
     of["lineage"].add_argument("--restore", type=Path, metavar="DIR", help="new folder in which to bring bytes back")
@@ -76,11 +105,15 @@ def _do(arguments: argparse.Namespace) -> None:
     quiet()
     failed = False
     try:
+        if arguments.command == "init":
+            from dvc_mlflow.init import init
+
+            for line in init(Project(Path.cwd()), arguments.live, arguments.apply):
+                print(line)
+            return
         store = Store(Project(Path.cwd()))
         if arguments.command == "sync":
-            from dvc_mlflow.sync import sync
-
-            for line, failure in sync(store, arguments.close_stale):
+            for line, failure in _sync(store, arguments):
                 failed = failed or failure
                 print(line, flush=True)
         elif arguments.command == "audit":
@@ -91,6 +124,10 @@ def _do(arguments: argparse.Namespace) -> None:
                 print(line, flush=True)
             if not failed:
                 print("dvc.yaml, the params, dvc.lock, the files and MLflow agree")
+        elif arguments.command == "ui":
+            from dvc_mlflow.ui import ui
+
+            ui(store, arguments.port)
         else:
             from dvc_mlflow.lineage import lineage
 
@@ -99,6 +136,17 @@ def _do(arguments: argparse.Namespace) -> None:
         sys.exit(f"error: {describe(error)}")
     if failed:
         sys.exit(1)
+
+
+def _sync(store: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    from dvc_mlflow.history import sync_history
+    from dvc_mlflow.sync import close_left, sync
+
+    if arguments.all or arguments.rev:
+        yield from close_left(store, arguments.close_stale)
+        yield from sync_history(store, arguments.rev, arguments.fetch)
+    if not arguments.rev:
+        yield from sync(store, arguments.close_stale)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
                 yield _line(name, one, other)
         else:
             yield _line(name, one, other)
-    paths = {execution.declared.models[name]: digest for name, digest in expected.models.items()}
+    paths = {(locked or execution).declared.models[name]: digest for name, digest in expected.models.items()}
     for path in sorted({*paths, *found.models}):
         if paths.get(path) != found.models.get(path):
             yield _line(f"model {path}", found.models.get(path), paths.get(path))

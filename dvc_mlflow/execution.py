@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from dvc_mlflow.text import valid_name, valid_value
 
 SMALL_BYTES = 1_000_000  # outs of at most this size are artifacts
+TABLES = (".csv", ".tsv", ".json", ".yaml", ".yml")  # files that have curves
 SMALL_FILES = 100  # ... and directories of at most this many files
 MOST_METRICS = 10_000  # of a file: more are not metrics to compare
 INFINITY = 1.7976931348623157e308  # what MLflow's stores make of an infinite metric
@@ -24,7 +25,7 @@ INFINITY = 1.7976931348623157e308  # what MLflow's stores make of an infinite me
 
 @dataclass(frozen=True)
 class Curves:
-    """A plot over a whole number: the file, the column of x, and the columns to show, all where there are none."""
+    """A plot over a whole number: the file or folder, the column of x, and those to show, all where there are none."""
 
     path: str
     x: str
@@ -176,11 +177,11 @@ def content_of(execution: Execution, files: Files) -> Content:
                 tags[name] = valid_value(value if isinstance(value, str) else json.dumps(value, default=str))
     curves: dict[str, dict[int, float]] = {}
     for plot in declared.curves:
-        if plot.path in leaves:
-            found, problem = read_curves(plot, _bytes(plot.path, files, leaves))
+        for table in tables(plot, leaves):
+            found, problem = read_curves(table, _bytes(table.path, files, leaves))
             problems += [problem] if problem else []
             for column, points in found.items():
-                curves.setdefault(valid_name(column), {}).update(points)
+                curves.setdefault(curve_name(plot, table, column), {}).update(points)
     for name in curves.keys() & metrics.keys():  # the last point says it already; another value has another name
         last = curves[name][max(curves[name])]
         value = metrics.pop(name)
@@ -202,6 +203,12 @@ def content_of(execution: Execution, files: Files) -> Content:
         elif shown:
             raise MissingBytes(path)
     return Content(start.params, tags, start.datasets, metrics, curves, artifacts, models, tuple(problems))
+
+
+def metric_names(execution: Execution, files: Files) -> list[str]:
+    """The names of the values in the declared metrics files, nested keys joined by dots. Raises MissingBytes."""
+    leaves = _leaves(execution, files)
+    return [valid_name(key) for path in execution.declared.metrics for key in _read_metrics(path, files, leaves)[0]]
 
 
 def _digest(execution: Execution, path: str, files: Files) -> str:
@@ -244,6 +251,25 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def tables(plot: Curves, paths: Iterable[str]) -> Iterator[Curves]:
+    """The plot of each of these files that is the plot's, or a table in its folder."""
+    for path in paths:
+        if PurePosixPath(path).suffix in TABLES and inside(path, plot.path):
+            yield replace(plot, path=path)
+
+
+def curve_name(plot: Curves, table: Curves, column: str) -> str:
+    """The name of a column: its own, in a folder of tables with the table's path, as DVCLive nests it in metrics.json.
+
+    `train/loss.tsv` of DVCLive has the column `loss`, and metrics.json `{"train": {"loss": 0.1}}`: `train.loss`.
+    """
+    parts: list[str] = []
+    if table.path != plot.path:
+        relative = PurePosixPath(table.path).relative_to(plot.path).with_suffix("")
+        parts = [*relative.parts[:-1], *([relative.name] if relative.name != column else [])]
+    return valid_name(".".join([*parts, column]))
 
 
 def read_curves(plot: Curves, data: bytes) -> tuple[dict[str, dict[int, float]], str]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,13 +64,15 @@ class Project:
         self.root = Path(os.environ.get("DVC_ROOT", self.folder)).resolve()
         self._scratch = tempfile.TemporaryDirectory(prefix="dvc-mlflow-")
         self._locks: dict[str, dict[str, Any]] = {}
+        self._executions: dict[str, Execution | None] = {}
+        self._opened = time.time() - 1  # seconds since 1970; some file systems keep whole ones
         self._entries: dict[str, Mapping[str, str] | None] = {}
 
     def at_this_revision(self) -> "Project":
         """The project as it is in the commit that DVC looks at now (`repo.switch`)."""
         there = copy.copy(self)
         there.__dict__.pop("stages", None)
-        there._locks = {}
+        there._locks, there._executions = {}, {}
         return there
 
     # What dvc.yaml says
@@ -146,6 +149,9 @@ class Project:
         def own(path: str) -> bool:
             return any(inside(path, out) for out in outs)
 
+        def holds(path: str) -> bool:
+            return any(inside(out, path) for out in outs)
+
         artifacts = {
             self._artifact_name(dvcfile, name): (_join(self._folder(dvcfile), value["path"]), value)
             for dvcfile, values in index._artifacts.items()
@@ -160,8 +166,8 @@ class Project:
         return Declared(
             desc=stage.desc or "",
             metrics=tuple(dict.fromkeys(path for path in metrics if own(path))),
-            plots=tuple(dict.fromkeys(path for path in plots if own(path))),
-            curves=tuple(dict.fromkeys(curve for curve in curves if own(curve.path))),
+            plots=tuple(dict.fromkeys(path for path in plots if own(path) or holds(path))),
+            curves=tuple(dict.fromkeys(curve for curve in curves if own(curve.path) or holds(curve.path))),
             datasets={name: path for name, (path, value) in near.items() if value.get("type") == "dataset"},
             models=models,
             model_meta={
@@ -222,9 +228,11 @@ class Project:
         """The execution that dvc.lock records, without those before it."""
         stage = self.stages[address]
         if stage.path not in self._locks:
-            self._locks[stage.path] = dict(stage.dvcfile._lockfile.load().get("stages") or {})
-        entry = self._locks[stage.path].get(stage.name)
-        return self._execution(address, entry) if entry else None
+            self._locks[stage.path] = dict(stage.dvcfile.lockfile_contents.get("stages") or {})
+        if address not in self._executions:
+            entry = self._locks[stage.path].get(stage.name)
+            self._executions[address] = self._execution(address, entry) if entry else None
+        return self._executions[address]
 
     def _execution(self, address: str, entry: Mapping[str, Any]) -> Execution:
         stage = self.stages[address]
@@ -253,17 +261,31 @@ class Project:
     def ended(self, execution: Execution) -> Execution:
         """The execution with the hashes of its outs as they are now. Raises UserError if one is missing."""
         outs = {}
-        stage = self.stages[execution.stage]
+        stage = self._as_now(execution.stage)
         for out in stage.outs:
             if not out.exists:
                 raise UserError(f"expected {out}, found nothing: the command ended without it")
             outs[self.path(stage, out.def_path)] = out.get_hash().value
-        return replace(execution, outs=outs)
+        return replace(execution, outs=outs, declared=self.declared(stage, list(execution.deps), list(outs)))
+
+    def _as_now(self, address: str) -> PipelineStage:
+        """The stage as dvc.yaml has it now, which DVCLive changes while it runs; as it was if that cannot be read."""
+        before = self.stages[address]
+        if Path(before.path).stat().st_mtime < self._opened:
+            return before
+        self.repo._reset()
+        del self.stages
+        try:
+            return self.stages[address]
+        except (UserError, KeyError):
+            self.stages = {address: before}
+            return before
 
     def add(self, execution: Execution) -> None:
         """Take an execution as recorded, here alone: DVC writes dvc.lock when the command has ended."""
         stage = self.stages[execution.stage]
         self.locked_alone(execution.stage)  # reads the lock, if nothing has yet
+        self._executions.pop(execution.stage)
         self._locks[stage.path][stage.name] = {
             "cmd": execution.cmd,
             "params": {posixpath.relpath(p, self.path(stage, ".")): dict(v) for p, v in execution.params.items()},
@@ -481,12 +503,27 @@ class Project:
         params = {}
         for path, values in execution.params.items():
             try:
-                text = self._git("show", f"HEAD:./{path}").decode()
-                content = PARSERS[posixpath.splitext(path)[1] or ".yaml"](text, path)
+                content = PARSERS[posixpath.splitext(path)[1] or ".yaml"](self._committed(path), path)
             except Exception:  # no git, no commit, no such file then, or one that cannot be read
                 return None
             params[path] = {key: lookup(content, key) for key in values}
         return replace(execution, params=_plain(params))
+
+    def _committed(self, path: str) -> str:
+        return self._git("show", f"HEAD:./{path}").decode()
+
+    def code_folder(self, execution: Execution, paths: list[str]) -> Path | None:
+        """The folder that has these files and folders, as they were when the execution ran."""
+        return self.folder
+
+    def now(self) -> int:
+        """When a record that is made now begins, in milliseconds since 1970."""
+        return int(time.time() * 1000)
+
+    def tags(self) -> dict[str, str]:
+        """The tags of each record that is made now."""
+        baseline = os.environ.get("DVC_EXP_BASELINE_REV")
+        return {"dvc.exp_baseline_rev": baseline} if baseline else {}
 
     def _git(self, *arguments: str, accept: int = 0, **env: str) -> bytes:
         command = ["git", "-C", str(self.folder), *arguments]
@@ -538,12 +575,12 @@ def matches(path: Path, digest: str) -> bool:
     return path.stat().st_size < 2**25 and hashlib.md5(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest() == digest
 
 
-def hash_path(path: Path, repo: Repo) -> Any:
+def hash_path(path: Path | str, repo: Repo, fs: Any = None) -> Any:
     """DVC's object of a file or directory, from its bytes: DVC itself trusts the time of the last change."""
     from dvc_data.hashfile.db import HashFileDB
 
-    fs = LocalFileSystem()
-    database = HashFileDB(fs, str(path.parent))
+    fs = fs or LocalFileSystem()
+    database = HashFileDB(fs, posixpath.dirname(str(path)))
     return build(database, str(path), fs, "md5", dry_run=True, ignore=repo.dvcignore)[2]
 
 

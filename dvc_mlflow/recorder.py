@@ -22,11 +22,11 @@ from typing import Any
 gc.disable()
 from dvc.exceptions import DvcException
 
-from dvc_mlflow.execution import Curves, Execution, MissingBytes, read_curves
+from dvc_mlflow.execution import Curves, Execution, MissingBytes, curve_name, read_curves, tables
 from dvc_mlflow.launcher import is_strict
 from dvc_mlflow.project import Git, Owners, Project, Unprovable
 from dvc_mlflow.store import Conflict, Store, describe, mistaken, quiet
-from dvc_mlflow.text import UserError, valid_name
+from dvc_mlflow.text import UserError
 
 gc.enable()
 gc.freeze()
@@ -68,23 +68,32 @@ class LiveCurves:
     def look(self) -> None:
         """Log the points that are new since the last look."""
         for plot in self._curves:
-            path = self._store.project.folder / plot.path
-            try:
-                status = path.stat()
-                stamp = (status.st_mtime_ns, status.st_size)
-                if self._seen.get(plot) == stamp or not path.is_file():
+            for table in tables(plot, self._files(plot.path)):
+                path = self._store.project.folder / table.path
+                try:
+                    status = path.stat()
+                    stamp = (status.st_mtime_ns, status.st_size)
+                    if self._seen.get(table) == stamp:
+                        continue
+                    found, _ = read_curves(table, path.read_bytes())
+                except OSError:  # it is not there yet
                     continue
-                found, _ = read_curves(plot, path.read_bytes())
-            except OSError:  # it is not there yet
-                continue
-            self._seen[plot] = stamp
-            new = []
-            for column, points in found.items():
-                logged = self.logged.setdefault(valid_name(column), {})
-                new += [(valid_name(column), value, step) for step, value in points.items() if step not in logged]
-                logged |= {step: value for step, value in points.items() if step not in logged}
-            if new:
-                self._store.log_points(self._run_id, new, int(time.time() * 1000))
+                self._seen[table] = stamp
+                new = []
+                for column, points in found.items():
+                    name = curve_name(plot, table, column)
+                    logged = self.logged.setdefault(name, {})
+                    new += [(name, value, step) for step, value in points.items() if step not in logged]
+                    logged |= {step: value for step, value in points.items() if step not in logged}
+                if new:
+                    self._store.log_points(self._run_id, new, int(time.time() * 1000))
+
+    def _files(self, path: str) -> list[str]:
+        """The file of this path, or those in this folder."""
+        folder = self._store.project.folder
+        if not (folder / path).is_dir():
+            return [path] if (folder / path).is_file() else []
+        return sorted(file.relative_to(folder).as_posix() for file in (folder / path).rglob("*") if file.is_file())
 
 
 def record(events: Events) -> None:
@@ -145,8 +154,7 @@ def record(events: Events) -> None:
     if not events.next(None):  # the launcher was killed: DVC has not seen the command succeed, and runs it again
         end(store, run_id, "KILLED", pid)
         return
-    run_id = store.publish(run_id, execution, experiment)
-    store.show_on_parent(run_id, execution)
+    run_id = store.publish(run_id, execution, experiment).info.run_id
     with contextlib.suppress(DvcException, OSError):  # a dep is gone: DVC says so
         locked = replace(project.starting(address), outs=execution.outs)  # as DVC is about to write it
         if locked.id != execution.id:

@@ -19,6 +19,7 @@ import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,7 @@ ARTIFACT_LOCATIONS = (
 )
 PATCH = "code.patch"  # the artifact of a run of a dirty tree
 EXECUTION = "execution.json"  # the artifact that has the execution itself
+CLAIM = "dvc.execution"  # the tag by which a run says which execution it shows
 MISTAKEN = "dvc.mistaken."  # and a hash of an entry of dvc.lock that never ran: a tag of the run of what did
 CLAIM_SECONDS = 30  # how long a run that claims an execution is waited for
 HOST = socket.gethostname()
@@ -81,6 +83,9 @@ class Store:
     def __init__(self, project: Project) -> None:
         """Open it, and make what is missing. Raises MlflowException or another error of the store."""
         self.project, root = project, project.root
+        self.known: dict[str, list[Run]] | None = None  # all finished runs by execution, once `know_all` was called
+        self._mistaken: set[str] = set()  # the tags of entries of dvc.lock that never ran, once `know_all` was called
+        self._contents: dict[str, Content] = {}  # of runs that were completed here
         self.problems: list[str] = []  # what could not be shown of the executions that `record` recorded
         embedded = "MLFLOW_TRACKING_URI" not in os.environ
         if embedded:
@@ -140,13 +145,27 @@ class Store:
 
     def find(self, execution: Execution, experiment: str | None = None) -> Run | None:
         """The finished run of this execution; of a DVC experiment, the one of that experiment."""
-        runs = self.search({"dvc.execution": execution.id}, "FINISHED")
+        if self.known is None:
+            runs = self.search({CLAIM: execution.id}, "FINISHED")
+        else:
+            runs = self.known.get(execution.id, [])
         if experiment:
             runs = [run for run in runs if run.data.tags.get("dvc.exp_name") == experiment]
-        runs.sort(key=lambda run: "dvc.exp_name" in run.data.tags)
+        runs = sorted(runs, key=lambda run: "dvc.exp_name" in run.data.tags)
         if (maker := execution.maker_of_model()) and (parent := self.find(maker, experiment) or self.find(maker)):
             runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
         return runs[0] if runs else None
+
+    def know_all(self) -> None:
+        """Read all finished runs now, so that none need be searched; what others record later, `publish` finds."""
+        self.known = {}
+        for run in self.search({}, "FINISHED"):
+            self._know(run)
+
+    def _know(self, run: Run) -> None:
+        if self.known is not None and CLAIM in run.data.tags:
+            self.known.setdefault(run.data.tags[CLAIM], []).append(run)
+            self._mistaken |= {tag for tag in run.data.tags if tag.startswith(MISTAKEN)}
 
     def find_alone(self, execution: Execution) -> Run | None:
         """A finished run of an execution of which it is not known what came before it."""
@@ -182,15 +201,24 @@ class Store:
     # Writing runs
 
     def begin(
-        self, execution: Execution, experiment: str | None, pid: int, start_time: int, git: Git, live: bool
+        self,
+        execution: Execution,
+        experiment: str | None,
+        pid: int,
+        start_time: int,
+        git: Git,
+        live: bool,
+        content: Content | None = None,
     ) -> tuple[str, bool]:
         """Create the run of an execution, or continue a killed one; return its id, and whether it is continued.
 
         `pid` is the process that owns the run: if that is gone, the run is dead. `start_time` in milliseconds.
+        `content` is known of an execution that has ended.
         """
         parent = self.parent(execution, experiment)
-        start = start_of(execution, self.project)
-        tags = {**start.tags, **process_tags(pid), **(environment_tags() if live else {"restored": "true"})}
+        start = content or start_of(execution, self.project)
+        content_tags = {key: value for key, value in start.tags.items() if key != CLAIM}
+        tags = {**content_tags, **process_tags(pid), **(environment_tags() if live else {"restored": "true"})}
         changes = changed_params(self.project, execution)
         tags |= {
             "mlflow.source.type": "LOCAL",
@@ -204,8 +232,7 @@ class Store:
             tags |= {"mlflow.source.git.commit": git.commit, "git.dirty": "true" if git.patch else "false"}
         if experiment:
             tags["dvc.exp_name"] = experiment
-        if baseline := os.environ.get("DVC_EXP_BASELINE_REV"):
-            tags["dvc.exp_baseline_rev"] = baseline
+        tags |= self.project.tags()
         if parent:
             tags["mlflow.parentRunId"] = parent.info.run_id
         what = [*([experiment] if experiment else []), *changes[:3], *(["…"] if len(changes) > 3 else [])]
@@ -220,22 +247,29 @@ class Store:
             else:
                 first |= process_tags(pid) | {"stage": tags["stage"], "dvc.fingerprint": tags["dvc.fingerprint"]}
                 run_id = self.client.create_run(self.experiment_id, start_time, first, name).info.run_id
-            self._log_tags(run_id, tags)
-        self._log_params(run_id, start.params)
-        self._log_datasets(run_id, execution, start)
+                tags = {key: value for key, value in tags.items() if first.get(key) != value}
+            self._log(run_id, params=start.params if live else {}, tags=tags)
+        if live:
+            self._log_datasets(run_id, execution, start)
         if git.patch:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / PATCH).write_bytes(git.patch)
                 self.client.log_artifact(run_id, f"{folder}/{PATCH}")
         return run_id, bool(former)
 
-    def _log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        for batch in _batches([RunTag(valid_name(key), valid_value(value)) for key, value in tags.items()], 100):
-            self.client.log_batch(run_id, tags=batch)
-
-    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        for batch in _batches([Param(key, value) for key, value in params.items()], 100):
-            self.client.log_batch(run_id, params=batch)
+    def _log(
+        self,
+        run_id: str,
+        metrics: Iterable[Metric] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Log all of it in as few calls as MLflow takes, each of 1,000 at most, 100 of them params, 100 tags."""
+        points = [*_batches(list(metrics), 800)]
+        values = [*_batches([Param(key, value) for key, value in (params or {}).items()], 100)]
+        named = [*_batches([RunTag(valid_name(key), valid_value(value)) for key, value in (tags or {}).items()], 100)]
+        for batch in zip_longest(points, values, named, fillvalue=()):
+            self.client.log_batch(run_id, *batch)
 
     def _log_datasets(self, run_id: str, execution: Execution, content: Content) -> None:
         paths = {valid_name(name): path for name, path in execution.declared.datasets.items()}
@@ -256,37 +290,45 @@ class Store:
 
     def log_points(self, run_id: str, points: Iterable[tuple[str, float, int]], timestamp: int) -> None:
         """Log metrics: name, value and step of each; the time is in milliseconds since 1970."""
-        for batch in _batches([Metric(name, value, timestamp, step) for name, value, step in points], 1000):
-            self.client.log_batch(run_id, batch)
+        self._log(run_id, [Metric(name, value, timestamp, step) for name, value, step in points])
 
     def complete(
-        self, run_id: str, execution: Execution, logged: Mapping[str, Mapping[int, float]] | None = None
+        self,
+        run_id: str,
+        execution: Execution,
+        logged: Mapping[str, Mapping[int, float]] | None = None,
+        content: Content | None = None,
     ) -> tuple[str, ...]:
         """Add what the run lacks of the content; `logged` are the points that it has. Returns what cannot be shown.
 
         Raises MissingBytes if bytes cannot be had, and Conflict if the run has points that the files do not have.
         """
-        content = content_of(execution, self.project)
+        content = content or content_of(execution, self.project)
         run = self.client.get_run(run_id)
         if logged is None:
             logged = self.points(run, content.curves)
         for column, points in logged.items():
             if any(not same(content.curves.get(column, {}).get(step), value) for step, value in points.items()):
                 raise Conflict(column)
+        now = run.info.start_time if "restored" in run.data.tags else int(time.time() * 1000)
         missing = [
-            (column, value, step)
+            Metric(column, value, now, step)
             for column, points in content.curves.items()
             for step, value in points.items()
             if step not in logged.get(column, {})
         ]
-        now = run.info.start_time if "restored" in run.data.tags else int(time.time() * 1000)
-        self.log_points(run_id, missing, now)
-        self._log_params(run_id, {k: v for k, v in content.params.items() if k not in run.data.params})
-        self._log_datasets(run_id, execution, content)
+        known = {entry.dataset.name for entry in run.inputs.dataset_inputs} if run.inputs else set()
+        if content.datasets.keys() - known:
+            self._log_datasets(run_id, execution, content)
         self._log_files(run_id, execution, content)
         model_id = self._log_models(run_id, execution, content)
-        self._log_metrics(run, execution, content, model_id, now)
-        self._log_tags(run_id, {k: v for k, v in content.tags.items() if k != "dvc.execution"})
+        self._log(
+            run_id,
+            [*missing, *self._new_metrics(run, content, model_id, now)],
+            {key: value for key, value in content.params.items() if key not in run.data.params},
+            {key: value for key, value in content.tags.items() if run.data.tags.get(key) != value and key != CLAIM},
+        )
+        self._contents = {**dict(list(self._contents.items())[-20:]), run_id: content}
         return content.problems
 
     def points(self, run: Run, columns: Iterable[str]) -> dict[str, dict[int, float]]:
@@ -315,9 +357,8 @@ class Store:
             (Path(folder) / EXECUTION).write_text(execution.to_json(), encoding="utf-8")
             self.client.log_artifacts(run_id, folder)
 
-    def _log_metrics(
-        self, run: Run, execution: Execution, content: Content, model_id: str | None, timestamp: int
-    ) -> None:
+    def _new_metrics(self, run: Run, content: Content, model_id: str | None, timestamp: int) -> list[Metric]:
+        """The metrics that the run lacks, each of its model, or of that of the run above it, and of the data set."""
         links: dict[str, Any] = {}
         if model_id is None and (parent_id := run.data.tags.get("mlflow.parentRunId")):
             model_id = self.model_id(self.client.get_run(parent_id))
@@ -326,8 +367,7 @@ class Store:
         if len(content.datasets) == 1:
             ((links["dataset_name"], links["dataset_digest"]),) = content.datasets.items()
         new = {key: value for key, value in content.metrics.items() if not same(run.data.metrics.get(key), value)}
-        for batch in _batches([Metric(key, value, timestamp, 0, **links) for key, value in new.items()], 1000):
-            self.client.log_batch(run.info.run_id, batch)
+        return [Metric(key, value, timestamp, 0, **links) for key, value in new.items()]
 
     def _log_models(self, run_id: str, execution: Execution, content: Content) -> str | None:
         """Log the models that the execution made; return the id of the last one."""
@@ -347,8 +387,8 @@ class Store:
             again = next((model.model_id for model in cut_off if model.model_id in known), None)
             if ready:
                 model_id = ready[-1].model_id
-            elif meta.get("python_model"):
-                model_id = self._log_served_model(run_id, again, name, path, digest, meta, tags)
+            elif meta.get("python_model") and (folder := self.project.code_folder(execution, _code_of(meta))):
+                model_id = self._log_served_model(run_id, again, name, path, digest, meta, tags, folder)
             else:  # the hash alone: DVC has the bytes
                 model_id = again
                 if model_id is None:
@@ -369,12 +409,13 @@ class Store:
         digest: str,
         meta: Mapping[str, Any],
         tags: dict[str, str],
+        folder: Path,
     ) -> str:
-        """Log a model with the code that `meta` names, by the names of MLflow's log_model: no pickle.
+        """Log a model with the code in `folder` that `meta` names, by the names of MLflow's log_model: no pickle.
 
         `again` is the id of the run's model that was cut off, if there is one.
         """
-        found, folder = self.project.find(path, digest), self.project.folder
+        found = self.project.find(path, digest)
         if found is None:
             raise MissingBytes(path)
         signature = meta.get("signature")
@@ -418,18 +459,18 @@ class Store:
         """The id of the run's model; None if it has none."""
         return run.outputs.model_outputs[-1].model_id if run.outputs and run.outputs.model_outputs else None
 
-    def publish(self, run_id: str, execution: Execution, experiment: str | None) -> str:
-        """End a complete run as FINISHED, or give it up for one of the same execution; return the id that stays.
+    def publish(self, run_id: str, execution: Execution, experiment: str | None) -> Run:
+        """End a complete run as FINISHED, or give it up for one of the same execution; return the one that stays.
 
         Each first says which execution it claims, then looks, and of those that look at once the one with the least
         id stays. So no two can both stay, whatever the hosts, without a lock that all of them would have to reach.
         """
-        self.client.set_tag(run_id, "dvc.execution", execution.id)
+        self.client.set_tag(run_id, CLAIM, execution.id)
         own = self.client.get_run(run_id)
         deadline = time.monotonic() + CLAIM_SECONDS
         ended = False
         while True:
-            rivals = [run for run in self.search({"dvc.execution": execution.id}) if self._rivals(own, run, experiment)]
+            rivals = [run for run in self.search({CLAIM: execution.id}) if self._rivals(own, run, experiment)]
             finished = [run for run in rivals if run.info.status == "FINISHED"]
             claiming = [
                 run for run in rivals if run.info.status == "RUNNING" and run.info.run_id < run_id and is_alive(run)
@@ -438,14 +479,19 @@ class Store:
                 finished = [run for run in finished if run.info.run_id < run_id]
             if finished:
                 self.discard(run_id)
-                return finished[0].info.run_id
+                self._know(finished[0])
+                return finished[0]
             if claiming and time.monotonic() < deadline:
                 time.sleep(0.05)
             elif not ended:
-                self.terminate(run_id, "FINISHED")
+                end_time = _end_time(own)
+                self.show_on_parent(own, execution, end_time)  # a run that is FINISHED is whole
+                self.client.set_terminated(run_id, "FINISHED", end_time)
                 ended = True
             else:
-                return run_id
+                own = self.client.get_run(run_id)
+                self._know(own)
+                return own
 
     def _rivals(self, own: Run, other: Run, experiment: str | None) -> bool:
         """Whether another run shows the same execution in the same place."""
@@ -456,20 +502,27 @@ class Store:
         named = other.data.tags.get("dvc.exp_name")
         return named == experiment or (experiment is None and other.info.status == "FINISHED")
 
-    def show_on_parent(self, run_id: str, execution: Execution) -> None:
-        """Put the metrics of a run that read a model on the run that made it; of several such runs, the last one's."""
-        run = self.client.get_run(run_id)
+    def show_on_parent(self, run: Run, execution: Execution, end_time: int | None = None) -> None:
+        """Put the metrics of a run that read a model on the run that made it; of several such runs, the last one's.
+
+        `end_time` in milliseconds, if the run is about to end.
+        """
         parent_id = run.data.tags.get("mlflow.parentRunId")
         if not parent_id:
             return
         parent = self.client.get_run(parent_id)
-        metrics = parent_metrics(execution, content_of(execution, self.project), self.own_metrics(parent))
+        end_time = end_time or run.info.end_time
+        content = self._contents.get(run.info.run_id) or content_of(execution, self.project)
+        metrics = parent_metrics(execution, content, self.own_metrics(parent))
         latest = {metric.key: metric.timestamp for metric in parent.data._metric_objs}
-        new = [(key, value, 0) for key, value in metrics.items() if run.info.end_time > latest.get(key, 0)]
-        self.log_points(parent_id, new, run.info.end_time)
+        self.log_points(
+            parent_id, [(key, value, 0) for key, value in metrics.items() if end_time > latest.get(key, 0)], end_time
+        )
 
     def own_metrics(self, run: Run) -> set[str]:
         """The names of the metrics that are of the run itself, and not of those that read its model."""
+        if content := self._contents.get(run.info.run_id):
+            return {*content.metrics, *content.curves}
         children = self.search({"mlflow.parentRunId": run.info.run_id}, "FINISHED")
         theirs = {key for child in children for key in child.data.metrics}
         theirs |= {valid_name(f"{child.data.tags['stage']}.{key}") for child in children for key in child.data.metrics}
@@ -480,55 +533,57 @@ class Store:
             content = None
         return {*content.metrics, *content.curves} if content else set(run.data.metrics) - theirs
 
-    def record(self, execution: Execution, experiment: str | None = None) -> tuple[str, bool]:
-        """Make the run of an execution that has ended, if it is missing; return its id, and whether it was made.
+    def record(self, execution: Execution, experiment: str | None = None) -> tuple[Run, bool]:
+        """Make the run of an execution that has ended, if it is missing; return it, and whether it was made.
 
         Raises MissingBytes or Unprovable if it cannot be made.
         """
         if found := self.find(execution, experiment):
-            self.show_on_parent(found.info.run_id, execution)
-            return found.info.run_id, False
+            self.show_on_parent(found, execution)
+            return found, False
         for one in (*execution.upstream, execution):
-            if self.search({_mistaken_tag(one): "true"}) and not self.find_alone(one):
+            if self._is_mistaken(one):
                 raise Unprovable(mistaken(one))
-        self.problems += content_of(execution, self.project).problems  # before there is a run: raises MissingBytes
+        content = content_of(execution, self.project)  # before there is a run: raises MissingBytes
+        self.problems += content.problems
         git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
         git = git if git.commit else Git(author=self.project.author())
-        former = self.unfinished(execution) if not experiment else None
+        # What is of another commit is not what was killed here.
+        former = None if experiment or "commit" in self.project.tags() else self.unfinished(execution)
         if former:
             run_id = former.info.run_id
             try:
                 self.complete(run_id, execution)
                 self.client.set_tag(run_id, "restored", "true")
-                return self._finish(run_id, execution, experiment), True
+                return self.publish(run_id, execution, experiment), True
             except Conflict:  # it was of an attempt that made other numbers
                 self.terminate(run_id, "KILLED")
-        run_id, _ = self.begin(execution, experiment, os.getpid(), int(time.time() * 1000), git, live=False)
+        run_id, _ = self.begin(execution, experiment, os.getpid(), self.project.now(), git, False, content)
         try:
-            self.complete(run_id, execution, {})
-            return self._finish(run_id, execution, experiment), True
+            self.complete(run_id, execution, {}, content)
+            return self.publish(run_id, execution, experiment), True
         except BaseException:
             with contextlib.suppress(Exception):
                 self.discard(run_id)
             raise
 
-    def _finish(self, run_id: str, execution: Execution, experiment: str | None) -> str:
-        run_id = self.publish(run_id, execution, experiment)
-        self.show_on_parent(run_id, execution)
-        return run_id
-
     def mark_mistaken(self, run_id: str, execution: Execution) -> None:
         """Note on the run of what ran that dvc.lock will have this execution in its place."""
         self.client.set_tag(run_id, _mistaken_tag(execution), "true")
+
+    def _is_mistaken(self, execution: Execution) -> bool:
+        """Whether dvc.lock has this execution in the place of one that ran, and it never ran itself."""
+        tag = _mistaken_tag(execution)
+        marked = bool(self.search({tag: "true"})) if self.known is None else tag in self._mistaken
+        return marked and not self.find_alone(execution)
 
     def _is_of_this_tree(self, execution: Execution) -> bool:
         """Whether the stage, and those before it, would run now as they ran."""
         return all(self.project.is_current(one.stage) for one in (*execution.upstream, execution))
 
     def terminate(self, run_id: str, status: str) -> None:
-        """End a run now or, if the clock was set back to before its start, at its start."""
-        start_time = self.client.get_run(run_id).info.start_time
-        self.client.set_terminated(run_id, status, max(start_time, int(time.time() * 1000)))
+        """End a run now or, if the clock was set back to before its start, at its start; a past one at its start."""
+        self.client.set_terminated(run_id, status, _end_time(self.client.get_run(run_id)))
 
     def discard(self, run_id: str) -> None:
         """Remove a run that stands for nothing that another does not show, and its models."""
@@ -794,9 +849,19 @@ def is_alive(run: Run) -> bool:
     return current["process.created"] != "" and current == {key: tags[key] for key in current}
 
 
+def _end_time(run: Run) -> int:
+    """When a run that ends now ends, in milliseconds since 1970: not before its start, which is all of a past one."""
+    return max(run.info.start_time, 0 if "commit" in run.data.tags else int(time.time() * 1000))
+
+
 def _save_model(validate_serving_input: bool, **arguments: Any) -> None:
     """Pyfunc's save_model. Model.log alone reads the flag: to serve an example here would import the model's code."""
     mlflow.pyfunc.save_model(**arguments)
+
+
+def _code_of(meta: Mapping[str, Any]) -> list[str]:
+    """The files and folders of code that a model is served with."""
+    return [str(meta["python_model"]), *map(str, meta.get("code_paths") or [])]
 
 
 def _pinned(package: str) -> str:

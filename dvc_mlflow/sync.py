@@ -13,12 +13,7 @@ from dvc_mlflow.text import one_line
 
 def sync(store: Store, close_stale: float | None = None) -> Iterator[tuple[str, bool]]:
     """Record what the workspace and the experiments of this commit are; yield lines, and whether each is a failure."""
-    for run in store.dead():
-        store.close(run)
-        yield f"closed run {run.info.run_id}, whose process is gone", False
-    for run in store.stale(close_stale) if close_stale is not None else ():
-        store.close(run)
-        yield f"closed run {run.info.run_id} of {run.data.tags['process.host']}", False
+    yield from close_left(store, close_stale)
     yield from record_all(store, store.project, None, "")
     for name, rev, baseline in experiments(store.project):
         owners = Owners(store.project, name, baseline)
@@ -28,27 +23,26 @@ def sync(store: Store, close_stale: float | None = None) -> Iterator[tuple[str, 
                 yield from record_all(store, there, owners, f"{name}: ")
 
 
+def close_left(store: Store, close_stale: float | None) -> Iterator[tuple[str, bool]]:
+    """Close the runs of processes of this host that are gone, and those of other hosts that are so many hours old."""
+    for run in store.dead():
+        store.close(run)
+        yield f"closed run {run.info.run_id}, whose process is gone", False
+    for run in store.stale(close_stale) if close_stale is not None else ():
+        store.close(run)
+        yield f"closed run {run.info.run_id} of {run.data.tags['process.host']}", False
+
+
 def record_all(store: Store, project: Project, owners: Owners | None, label: str) -> Iterator[tuple[str, bool]]:
     """Record the executions of the locks of a project, in order."""
-    found: dict[str, Execution | Unprovable | None] = {}
-    for address in project.stages:
-        try:
-            found[address] = project.locked(address)
-        except Unprovable as error:
-            found[address] = error
-    everything = not any(owners and owners.of(one) for one in found.values() if isinstance(one, Execution))
-    for address, execution in found.items():
-        if execution is None:
-            if owners is None:
-                yield f"{address}: not run yet", False
+    for address, found, experiment in own_executions(project, owners):
+        if found is None:
+            yield f"{address}: not run yet", False
             continue
-        experiment = owners.experiment if owners else None
         try:
-            if isinstance(execution, Unprovable):
-                raise execution
-            if owners and not everything and owners.of(execution) is None:
-                continue  # its baseline's
-            run_id, made = store.record(execution, experiment)
+            if isinstance(found, Unprovable):
+                raise found
+            run, made = store.record(found, experiment)
         except (Unprovable, MissingBytes) as error:
             alone = project.locked_alone(address)
             if alone and store.find_alone(alone):
@@ -60,7 +54,28 @@ def record_all(store: Store, project: Project, owners: Owners | None, label: str
             yield f"{label}{address}: {problem}", False
         store.problems.clear()
         if made or owners is None:
-            yield f"{label}{address}: recorded {f'as run {run_id}' if made else 'before'}", False
+            yield f"{label}{address}: recorded {f'as run {run.info.run_id}' if made else 'before'}", False
+
+
+def own_executions(
+    project: Project, owners: Owners | None
+) -> Iterator[tuple[str, Execution | Unprovable | None, str | None]]:
+    """The stages in order, each with what dvc.lock says and the experiment that owns it; not what a baseline has.
+
+    Without `owners`, stages that dvc.lock does not have are among them.
+    """
+    found: dict[str, Execution | Unprovable | None] = {}
+    for address in project.stages:
+        try:
+            found[address] = project.locked(address)
+        except Unprovable as error:
+            found[address] = error
+    everything = not any(owners and owners.of(one) for one in found.values() if isinstance(one, Execution))
+    for address, execution in found.items():
+        if owners is None:
+            yield address, execution, None
+        elif isinstance(execution, Unprovable) or (execution and (everything or owners.of(execution))):
+            yield address, execution, owners.experiment
 
 
 def experiments(project: Project) -> list[tuple[str, str, str]]:

@@ -107,6 +107,48 @@ def test_the_model_page_shows_the_test_metric_of_exactly_this_model(
     assert page.get_by_text("The class of each image, and the probability of every class.").first.is_visible()
 
 
+def test_the_saved_view_has_the_declared_metrics_the_params_that_vary_and_the_best_run_first(
+    page: Page, watched_project: Project, tmp_path: Path
+) -> None:
+    port = free_port()
+    with serve(watched_project, port, "dvc-mlflow", "ui", "--port", str(port)):
+        (address,) = re.findall("http://.*viewStateShareKey=.*", (watched_project.folder / "ui.log").read_text())
+        page.set_viewport_size({"width": 3000, "height": 1100})  # the table draws no columns outside of the window
+        page.goto(address)
+        page.get_by_role("link", name="train slow lr=0.0001").wait_for()
+        page.get_by_role("columnheader", name="train.lr").first.wait_for()
+        page.screenshot(path=tmp_path / "view.png")
+        boxes = {
+            header.inner_text(): box["x"]
+            for header in page.get_by_role("columnheader").all()
+            if (box := header.bounding_box()) and header.inner_text()
+        }
+        rows = {
+            name: box["y"]
+            for link in page.get_by_role("link").all()
+            if re.match("fetch|train|evaluate", name := link.inner_text()) and (box := link.bounding_box())
+        }
+    files = [
+        json.loads((watched_project.folder / f"metrics/{name}.json").read_text()) for name in ("evaluate", "train")
+    ]
+    declared = [key for values in files for key in values]
+    shown = sorted((name for name in boxes if name in {*declared, "train.lr"}), key=lambda name: boxes[name])
+    assert shown == ["test_accuracy", *(key for key in declared if key != "test_accuracy"), "train.lr"]
+    assert not [name for name in boxes if "." in name and name != "train.lr"], "params that do not vary"
+    runs = Store(watched_project).runs("train")
+    best = sorted(runs, key=lambda run: -run.data.metrics["test_accuracy"])
+    (fetch,) = Store(watched_project).runs("fetch")
+    assert sorted(rows, key=lambda name: rows[name]) == [run.info.run_name for run in [*best, fetch]]
+
+
+def test_for_a_server_the_ui_command_prints_the_address_alone(served: Served) -> None:
+    with_user = f"http://ada:secret@127.0.0.1:{served.port}"
+    ended = served.project.run("dvc-mlflow", "ui", MLFLOW_TRACKING_URI=with_user)
+    assert re.fullmatch(
+        rf"http://127.0.0.1:{served.port}/#/experiments/\d+/runs\?viewStateShareKey=\S+\n", ended.stdout
+    )
+
+
 def test_the_ui_shows_the_artifacts_of_a_project_that_was_moved(served: Served) -> None:
     run = Store(served.project).runs("evaluate")[-1]
     query = urllib.parse.urlencode({"run_uuid": run.info.run_id, "path": "metrics/per_class.json"})

@@ -1,0 +1,226 @@
+"""A project as it is in one commit: its dvc.yaml and dvc.lock, the files that git has, and when and by whom."""
+
+import copy
+import hashlib
+import posixpath
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from dvc.dependency import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.stage import PipelineStage
+from dvc_data.hashfile.hash_info import HashInfo
+
+from dvc_mlflow.execution import Execution, inside
+from dvc_mlflow.project import Git, Project, _plain, hash_path, matches, one_command
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit of git, or the one of a DVC experiment."""
+
+    rev: str
+    time: int  # when its author made it, in milliseconds since 1970
+    author: str  # Name <address>
+    pipeline: frozenset[tuple[str, str]] = frozenset()  # git's hash of each dvc.yaml and dvc.lock
+    changed: frozenset[str] = frozenset()  # the files that are not as in its first parent
+    experiment: str = ""  # its name
+    baseline: str = ""  # of the experiment
+
+    @property
+    def short(self) -> str:
+        return self.experiment or self.rev[:7]
+
+
+@dataclass
+class Known:
+    """What holds for all revisions: the remote to ask, what it does not have, and hashes of files."""
+
+    remotes: tuple[Any, ...] = ()  # DVC's object databases: of DVC 3, and of older versions
+    matches: dict[tuple[str, int, int, str], bool] = field(default_factory=dict)
+    absent: set[str] = field(default_factory=set)
+
+
+class Revision(Project):
+    """The project in a commit, while DVC looks at it (`repo.switch`). Make it by `Revision.of`."""
+
+    commit: Commit
+    _known: Known
+    _current: dict[str, bool]
+    _blobs: dict[str, Path | None]
+
+    @classmethod
+    def of(cls, project: Project, commit: Commit, known: Known) -> "Revision":
+        """The project in the commit that DVC looks at now."""
+        there = copy.copy(project)
+        there.__dict__.pop("stages", None)
+        there.__class__ = cls
+        assert isinstance(there, Revision)
+        there._locks, there._executions = {}, {}
+        there._current, there._blobs = {}, {}
+        there.commit, there._known = commit, known
+        return there
+
+    # When, by whom, of which code
+
+    def now(self) -> int:
+        """The commit's time."""
+        return self.commit.time
+
+    def tags(self) -> dict[str, str]:
+        """The commit, and the experiment's baseline."""
+        baseline = {"dvc.exp_baseline_rev": self.commit.baseline} if self.commit.baseline else {}
+        return {"commit": self.commit.rev, **baseline}
+
+    def git(self, written: list[str]) -> Git:
+        """The commit, which is clean."""
+        return Git(self.commit.rev, author=self.commit.author)
+
+    def author(self) -> str:
+        """The commit's author."""
+        return self.commit.author
+
+    def _committed(self, path: str) -> str:
+        if self.commit.baseline:
+            return self._git("show", f"{self.commit.baseline}:./{path}").decode()
+        return self._read(path).decode()
+
+    def code_folder(self, execution: Execution, paths: list[str]) -> Path | None:
+        """A folder with these files and folders of the commit; None if it has not the code that ran."""
+        if not all(self.is_current(one.stage) for one in (*execution.upstream, execution)):
+            return None
+        folder = Path(self._scratch.name) / self.commit.rev
+        archive = folder.with_suffix(".tar")
+        try:
+            archive.write_bytes(self._git("archive", self.commit.rev, "--", *paths))
+        except (OSError, subprocess.CalledProcessError):  # it lacks one of them
+            return None
+        shutil.rmtree(folder, ignore_errors=True)
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter="data")
+        archive.unlink()
+        return folder
+
+    def is_current(self, address: str) -> bool:
+        """Whether the commit has the command, the params and the deps with which the stage ran."""
+        if address not in self._current:
+            execution = self.locked_alone(address)
+            self._current[address] = bool(execution and self._has(self.stages[address], execution))
+        return self._current[address]
+
+    def _has(self, stage: PipelineStage, execution: Execution) -> bool:
+        if one_command(stage.cmd) != execution.cmd:
+            return False
+        params, deps = {}, []
+        try:
+            for dep in stage.deps:
+                if isinstance(dep, ParamsDependency):
+                    params[self.path(stage, dep.def_path)] = _plain(dep.read_params())
+                else:
+                    deps.append(self.path(stage, dep.def_path))
+        except (DvcException, OSError):
+            return False
+        return (
+            params == execution.params
+            and {*deps} == {*execution.deps}
+            and all(self._has_dep(path, digest) for path, digest in execution.deps.items())
+        )
+
+    def _has_dep(self, path: str, digest: str) -> bool:
+        """Whether git has these bytes, or DVC has them as the out of a stage or of a .dvc file."""
+        if urlparse(path).scheme or self._makers(path):  # that a stage made it is known: else it would be Unprovable
+            return True
+        for stage in self.repo.index.stages:
+            for out in stage.outs:
+                place = self.path(stage, out.def_path)
+                if path == place:
+                    return out.hash_info.value == digest
+                if inside(path, place) and out.hash_info.value:
+                    entries = self.entries(place, out.hash_info.value) or {}
+                    return entries.get(posixpath.relpath(path, place)) == digest
+        there = self._there(path)
+        if digest.endswith(".dir"):
+            return self.repo.fs.isdir(there) and hash_path(there, self.repo, self.repo.fs).hash_info.value == digest
+        return self._blob(path, digest) is not None
+
+    # Where bytes are
+
+    def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
+        """A local copy of the file with this hash: from git, DVC's cache, the workspace or, if asked for, the remote.
+
+        What is not declared as a metric or plot, of which `most` is given, is not fetched.
+        """
+        found = self._find(path, digest, most)
+        if found is None and most is None and self._pull(path, digest):
+            found = self._find(path, digest, most)
+        return found
+
+    def _find(self, path: str, digest: str, most: int | None) -> Path | None:
+        for file in self._copies(path, digest):
+            try:
+                status = file.stat()
+            except OSError:
+                continue
+            if most is None or status.st_size <= most:
+                key = (str(file), status.st_mtime_ns, status.st_size, digest)
+                if key not in self._known.matches:
+                    self._known.matches[key] = matches(file, digest)
+                if self._known.matches[key]:
+                    return file
+        return None
+
+    def _copies(self, path: str, digest: str) -> Iterator[Path]:
+        if not urlparse(path).scheme and (blob := self._blob(path, digest)):
+            yield blob
+        yield from self.cached(digest)
+        if not urlparse(path).scheme:
+            yield self.folder / path
+
+    def _there(self, path: str) -> str:
+        return posixpath.join(self.repo.root_dir, path)
+
+    def _read(self, path: str) -> bytes:
+        return self.repo.fs.cat_file(self._there(path))
+
+    def _blob(self, path: str, digest: str) -> Path | None:
+        """A copy of what the commit has at this path, if it has this hash."""
+        if path not in self._blobs:
+            self._blobs[path] = self._copy_out(path)
+        blob = self._blobs[path]
+        return blob if blob and matches(blob, digest) else None
+
+    def _copy_out(self, path: str) -> Path | None:
+        if not self.repo.fs.isfile(self._there(path)):
+            return None
+        data = self._read(path)
+        blob = Path(self._scratch.name) / f"{hashlib.md5(data).hexdigest()}{posixpath.splitext(path)[1]}"
+        if not blob.exists():
+            blob.write_bytes(data)
+        return blob
+
+    def _read_entries(self, path: str, digest: str) -> Mapping[str, str] | None:
+        found = super()._read_entries(path, digest)
+        there = self._there(path)
+        if found is None and not urlparse(path).scheme and self.repo.fs.isdir(there):
+            tree = hash_path(there, self.repo, self.repo.fs)
+            if tree.hash_info.value == digest:
+                return {"/".join(key): info.value for key, _, info in tree}
+        if found is None and self._pull(path, digest):
+            found = super()._read_entries(path, digest)
+        return found
+
+    def _pull(self, path: str, digest: str) -> bool:
+        """Bring an object from the remote into DVC's cache, if that is asked for; return whether it came."""
+        if urlparse(path).scheme or digest in self._known.absent:
+            return False
+        for remote in self._known.remotes:
+            if self.repo.cloud.pull([HashInfo(remote.hash_name, digest)], odb=remote).transferred:
+                return True
+        self._known.absent.add(digest)
+        return False

@@ -1,0 +1,135 @@
+"""The MLflow UI of the store, opened in a view of what there is to compare."""
+
+import base64
+import json
+import os
+import re
+import sys
+import time
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run
+
+from dvc_mlflow.execution import Execution, MissingBytes, content_of, metric_names
+from dvc_mlflow.project import Unprovable
+from dvc_mlflow.store import Store, parent_metrics
+from dvc_mlflow.text import VALUE_LENGTH, without_credentials
+
+VIEW = "dvc-mlflow"  # the key of the saved view
+NOT_CHILDREN = "tags.`mlflow.parentRunId` IS NULL"
+MOST_COLUMNS = 20  # of metrics, and of params
+HIGHER = r"accuracy|acc$|auc|auroc|f1|f_score|precision|recall|r2|map\d*$|bleu|rouge|iou|dice|score|reward|correct"
+LOWER = r"loss|error|err$|mse|mae|mape|perplexity|ppl|ece|wer|cer|rmse|nll|brier|distance"
+
+
+def ui(store: Store, port: int) -> None:
+    """Print the address of a view of the runs; unless a server serves them already, become one, on loopback.
+
+    Does not return if it serves.
+    """
+    uri = mlflow.get_tracking_uri()
+    save_view(store)
+    served = uri.startswith(("http:", "https:"))
+    base = without_credentials(uri).replace("//…@", "//").rstrip("/") if served else f"http://127.0.0.1:{port}"
+    query = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
+    print(f"{base}/#/experiments/{store.experiment_id}/runs?{query}", flush=True)
+    if served:
+        return
+    # One worker, and none of the processes for jobs, which only GenAI has: a sixth of the memory, half of the wait.
+    # The address may hold a password, which a command line would show to all users.
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    env.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execve(sys.executable, command, env)
+
+
+def save_view(store: Store) -> None:
+    """Keep the view as a tag of the experiment, where MLflow's UI has its saved views."""
+    now = int(time.time() * 1000)
+    for most in (MOST_COLUMNS, MOST_COLUMNS // 2, MOST_COLUMNS // 4):
+        state = json.dumps(view(store, most), separators=(",", ":"))
+        packed = "deflate;" + base64.b64encode(zlib.compress(state.encode(), 9)).decode()
+        value = json.dumps({"name": "dvc-mlflow", "createdAt": now, "updatedAt": now, "state": packed})
+        if len(value) <= VALUE_LENGTH:  # of columns with very long names, fewer
+            break
+    store.client.set_experiment_tag(store.experiment_id, f"mlflow.sharedViewState.{VIEW}", value)
+
+
+def view(store: Store, most: int) -> dict[str, Any]:
+    """The state of MLflow's table of runs: `most` metrics and params as columns, and the best run first if known."""
+    metrics, best = columns(store)
+    runs = store.client.search_runs(
+        [store.experiment_id], f"{NOT_CHILDREN} and attributes.status = 'FINISHED'", max_results=1000
+    )
+    if not metrics:  # the bytes are not at hand: what the rows have
+        metrics = sorted({key for run in runs for key in run.data.metrics if "." not in key})
+    shown = [f"metrics.`{name}`" for name in metrics[:most]]
+    shown += [f"params.`{name}`" for name in varying(list(runs))[:most]]
+    order = {"orderByKey": f"metrics.`{best[0]}`", "orderByAsc": best[1]} if best else {}
+    return {"searchFilter": NOT_CHILDREN, **order, "selectedColumns": shown, "columnOrder": shown}
+
+
+def columns(store: Store) -> tuple[list[str], tuple[str, bool] | None]:
+    """The metrics that dvc.yaml declares, as rows show them, and by which to sort, with True if the least is best."""
+    project = store.project
+    names: dict[str, int] = {}  # of each metric: 0 if it is of a stage that reads a model, else 1
+    said: tuple[str, bool] | None = None
+    for address, stage in project.stages.items():
+        try:
+            execution = project.locked(address)
+            if execution is None:
+                continue
+            found = _shown(store, execution)
+        except (MissingBytes, Unprovable):
+            continue
+        child = execution.maker_of_model() is not None
+        names |= dict.fromkeys(found.values(), 0 if child else 1)
+        meta = stage.meta if isinstance(stage.meta, Mapping) else {}
+        for key, ascending in (("maximize", False), ("minimize", True)):
+            if str(meta.get(key)) in found:
+                said = found[str(meta[key])], ascending
+    best = said or _by_name(names)
+    order = {name: place for place, name in enumerate(names)}
+    ordered = sorted(names, key=lambda name: (best is None or name != best[0], "." in name, names[name], order[name]))
+    return ordered, best
+
+
+def _shown(store: Store, execution: Execution) -> dict[str, str]:
+    """The metrics of an execution that a row of the table shows: by its name in the file, that in the row."""
+    names = metric_names(execution, store.project)
+    maker = execution.maker_of_model()
+    if maker is None:
+        return {name: name for name in names}
+    content = content_of(maker, store.project)
+    own = {*content.metrics, *content.curves}
+    shown = parent_metrics(execution, content_of(execution, store.project), own)
+    return {
+        name: one
+        for name in names
+        for one in (name, f"{execution.declared.prefix or execution.stage}.{name}")
+        if one in shown
+    }
+
+
+def _by_name(names: Mapping[str, int]) -> tuple[str, bool] | None:
+    """The metric to sort by as its name says, one of a test before one of a training; None if no name says it."""
+    found = []
+    for name, of_training in names.items():
+        for rank, (pattern, ascending) in enumerate(((HIGHER, False), (LOWER, True))):
+            if re.search(pattern, name.lower()):
+                part = 0 if "test" in name.lower() else 1 if "val" in name.lower() else 2
+                found.append((of_training, part, rank, list(names).index(name), name, ascending))
+                break
+    return min(found)[4:] if found else None
+
+
+def varying(runs: list[Run]) -> list[str]:
+    """The params that have not the same value in all of these runs that have them, in order."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.data.params.items():
+            values.setdefault(key, set()).add(value)
+    return sorted(key for key, found in values.items() if len(found) > 1)
