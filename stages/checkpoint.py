@@ -1,7 +1,9 @@
 """The checkpoint of a training: a file outside the outs, which only the very same training goes on from.
 
-It lies in .dvc/tmp/checkpoints of the project, under a hash of all that decides the result: the data, the params, the
-code, the versions and the hardware. So one of anything else is never used, and the folder may be deleted at any time.
+It holds all that decides the rest of the training: what `Step.state` names, and the random number generator of every
+device. It lies in .dvc/tmp/checkpoints of the project, under a hash of all that decides the result: the data, the
+params, the code, the versions and the hardware. So one of anything else is never used, and the folder may be deleted at
+any time.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stages.dataset import Dataset
+from stages.device import rng_states, set_rng_states
 from stages.params import Train
 from stages.stage import StageError, write
 
@@ -37,7 +40,7 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Tensor], history: list[dict[str, Any]]) -> None:
         """Write the file. Where that fails, warns, once: the training itself has lost nothing."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()} | rng_states()
         content = {"key": self.key, "history": history, "sha256": _sha256(tensors)}
         try:
             # One metadata key: safetensors does not keep the order of several.
@@ -48,7 +51,9 @@ class Checkpoint:
             self._warned = True
 
     def load(self, state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """Put the file's state into these tensors, in place, and return the history; [] where there is no file.
+        """Put the file's state into these tensors, in place, and return the history; [] if there is no file.
+
+        The random number generators go on from where they were, too.
 
         A file that is damaged, or not of this training, is ignored with a line.
         """
@@ -60,7 +65,7 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if content["key"] != self.key or content["sha256"] != _sha256(tensors):
                 raise ValueError("it is not what this training wrote")
-            if _shapes(tensors) != _shapes(state):
+            if _shapes(tensors) != _shapes({**state, **rng_states()}):
                 raise ValueError("its tensors are not those of this training")
             history = list(content["history"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -69,6 +74,7 @@ class Checkpoint:
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(tensors[name])
+        set_rng_states(tensors)
         return history
 
     def remove(self) -> None:

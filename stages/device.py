@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from stages.stage import StageError
 
@@ -29,6 +31,21 @@ def set_up_device(name: str, threads: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def rng_states() -> dict[str, Tensor]:
+    """The state of PyTorch's random number generator on each device, uint8 (N,) on the CPU, by name."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"rng.cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_rng_states(states: Mapping[str, Tensor]) -> None:
+    """Set the generators to what `rng_states` returned; other names are left alone."""
+    torch.set_rng_state(states["rng.cpu"])
+    if torch.cuda.is_initialized():
+        torch.cuda.set_rng_state_all([states[f"rng.cuda{n}"] for n in range(torch.cuda.device_count())])
 
 
 def keep_freed_memory() -> None:

@@ -18,6 +18,8 @@ ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu}
 # (He et al. 2015, https://arxiv.org/abs/1502.01852).
 GAINS = {"sigmoid": 4.0, "relu": 2.0**0.5}
 
+DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # by the names of safetensors; int64 counts BatchNorm's batches
+
 
 class LeNet(nn.Module):
     """LeNet-5 (LeCun et al. 1998, http://yann.lecun.com/exdb/publis/pdf/lecun-98.pdf) with max-pooling.
@@ -96,7 +98,7 @@ def read_model(path: Path) -> LeNet:
                 raise ValueError(f"its activation is {config['activation']!r}")
             check_classes(config["classes"])
             model = LeNet(config["activation"], config["classes"])
-            expected = {name: ("F32", list(tensor.shape)) for name, tensor in model.state_dict().items()}
+            expected = {name: (DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in model.state_dict().items()}
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in entries.items()}
             if found != expected:

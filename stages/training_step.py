@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
+from stages.device import rng_states, set_rng_states
 from stages.lenet import LeNet
 
 WARM_UP_STEPS = 3  # before a capture, as https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs has it
@@ -36,10 +37,14 @@ class Step:
         self._replay: Callable[[], None] | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """What learning changes and the next step depends on, by name: the tensors themselves, not copies."""
+        """What a step changes and the next one depends on, by name: the tensors themselves, not copies.
+
+        Not in it are the random number generators, which are PyTorch's.
+        """
         names = [name for name, _ in self.model.named_parameters()]
         kinds = {"param": self.params, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "step": self.steps}
-        return {f"{kind}.{name}": tensor for kind, of in kinds.items() for name, tensor in zip(names, of, strict=True)}
+        state = {f"{kind}.{name}": tensor for kind, of in kinds.items() for name, tensor in zip(names, of, strict=True)}
+        return state | {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
 
     def __call__(self, batch: Tensor, lr: float) -> None:
         """Learn from the images at the indices int64 (B,), at this learning rate."""
@@ -86,7 +91,7 @@ class Step:
         Where the capture fails, warns and leaves all as it was: the same steps are then launched one by one.
         """
         state = [*self.state().values(), self.loss_sum, self.correct]
-        before = [tensor.detach().clone() for tensor in state]
+        before, rng = [tensor.detach().clone() for tensor in state], rng_states()
         self._batch = self._batch.new_zeros(batch_size)
         try:
             self._replay = self._capture()
@@ -96,6 +101,7 @@ class Step:
         with torch.no_grad():  # warming up was learning, too: forget it
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
+        set_rng_states(rng)
 
     def _capture(self) -> Callable[[], None]:
         """Run the step some times, so that libraries set themselves up, and capture it. Raises RuntimeError."""

@@ -13,9 +13,11 @@ from conftest import Pipeline, Project
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_train import CPU, Listener, bits, fit, make_dataset, make_params
+from torch import Tensor, nn
 
 from stages import checkpoint as module
 from stages.checkpoint import Checkpoint
+from stages.lenet import LeNet
 
 EPOCHS = 4
 
@@ -199,3 +201,41 @@ def test_a_training_that_was_cut_off_after_its_last_epoch_writes_its_history(pro
     history.unlink()
     assert "going on after epoch 3/3, from a checkpoint" in project.run(*command).stdout
     assert (model.read_bytes(), history.read_bytes()) == expected
+
+
+class BatchNormLeNet(LeNet):
+    """LeNet with batch normalisation, whose running mean and variance are buffers."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.norm = nn.BatchNorm2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.norm(images.unsqueeze(1).float()).squeeze(1))
+
+
+class DropoutLeNet(LeNet):
+    """LeNet with dropout, which draws random numbers at each step."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.dropout(images.float()))
+
+
+@pytest.mark.parametrize("network", [BatchNormLeNet, DropoutLeNet])
+def test_a_network_with_buffers_or_random_numbers_goes_on_to_the_same_bits(
+    network: type[LeNet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.train.LeNet", network)
+    whole, history = fit(epochs=EPOCHS)
+    with pytest.raises(KeyboardInterrupt):
+        fit(listener=CutOff(2), epochs=EPOCHS, checkpoint_epochs=1)
+    torch.rand(3)  # what the process drew before does not matter
+    rest = Listener()
+    resumed, resumed_history = fit(listener=rest, epochs=EPOCHS)
+    assert steps(rest) == [3, 4]
+    assert resumed_history == history
+    assert bits(resumed) == bits(whole)

@@ -150,10 +150,28 @@ def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_i
     record_property("kills survived", kills)
 
 
-@pytest.mark.parametrize("whom", [only_the_launcher, everything])
-def test_train_goes_on_from_its_checkpoint_in_its_own_run(whom: Whom, project: Project) -> None:
-    project.set("train.epochs", 8)
+def as_it_is(project: Project) -> None:
     project.set("train.batch_size", 1)
+
+
+def with_buffers_and_random_numbers(project: Project) -> None:
+    """Give the network batch normalisation and dropout."""
+    path = project.folder / "stages/lenet.py"
+    layer, more = "nn.Linear(256, 120)", "nn.Sequential(nn.Linear(256, 120), nn.BatchNorm1d(120), nn.Dropout(0.2))"
+    assert layer in path.read_text()
+    path.write_text(path.read_text().replace(layer, more))
+    project.set("train.init", "default")
+    project.set("train.batch_size", 2)
+
+
+@pytest.mark.parametrize(
+    ("whom", "network"), [(only_the_launcher, as_it_is), (everything, with_buffers_and_random_numbers)]
+)
+def test_train_goes_on_from_its_checkpoint_in_its_own_run(
+    whom: Whom, network: Callable[[Project], None], project: Project
+) -> None:
+    network(project)
+    project.set("train.epochs", 8)
 
     def when(output: Path) -> bool:
         return "epoch 2/8" in output.read_text() and count(project, "train", "RUNNING") == 1
