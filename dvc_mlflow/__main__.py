@@ -117,11 +117,13 @@ def _do(arguments: argparse.Namespace) -> None:
                 failed = failed or failure
                 print(line, flush=True)
         elif arguments.command == "audit":
-            from dvc_mlflow.audit import audit
+            from dvc_mlflow.audit import audit, notes
 
             for line in audit(store, arguments.all):
                 failed = True
                 print(line, flush=True)
+            for line in notes(store):
+                print(f"note: {line}", flush=True)
             if not failed:
                 print("dvc.yaml, the params, dvc.lock, the files and MLflow agree")
         elif arguments.command == "ui":

@@ -14,6 +14,7 @@ from mlflow.entities import Run
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, flatten, same, start_of
 from dvc_mlflow.project import Project, Unprovable, _plain, hash_path, matches, one_command
 from dvc_mlflow.store import EXECUTION, RunFiles, Store, parent_metrics
+from dvc_mlflow.text import valid_name
 
 
 def audit(store: Store, everything: bool = False) -> Iterator[str]:
@@ -42,6 +43,31 @@ def audit(store: Store, everything: bool = False) -> Iterator[str]:
             if "dvc.execution" in run.data.tags:
                 lines = audit_run(store, run, None)
                 yield from (f"{run.data.tags['stage']}: run {run.info.run_id}: {line}" for line in lines)
+
+
+def notes(store: Store) -> Iterator[str]:
+    """Yield where other hardware made other outs of the same command, params and inputs: no disagreement, but why."""
+    for address in store.project.stages:
+        try:
+            execution = store.project.locked(address)
+        except Unprovable:
+            continue
+        run = store.find(execution) if execution else None
+        if execution is None or run is None:
+            continue
+        for other in store.search({"stage": execution.stage, "dvc.fingerprint": execution.fingerprint}, "FINISHED"):
+            tags = {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
+            here, there = _hardware(run), _hardware(other)
+            if not tags.items() <= other.data.tags.items() and here and there and here != there:
+                yield (
+                    f"{address}: run {other.info.run_id} made other bytes from the same command, params and inputs, "
+                    f"on {there}; run {run.info.run_id} was on {here}"
+                )
+
+
+def _hardware(run: Run) -> str:
+    """What the run's tags say of the CPU and GPUs; "" if they say nothing."""
+    return ", ".join(value for key, value in sorted(run.data.tags.items()) if key.startswith("hardware."))
 
 
 def audit_files(project: Project) -> Iterator[str]:

@@ -218,7 +218,8 @@ class Store:
         parent = self.parent(execution, experiment)
         start = content or start_of(execution, self.project)
         content_tags = {key: value for key, value in start.tags.items() if key != CLAIM}
-        tags = {**content_tags, **process_tags(pid), **(environment_tags() if live else {"restored": "true"})}
+        made_by = environment_tags() | hardware_tags() if live else {"restored": "true"}
+        tags = {**content_tags, **process_tags(pid), **made_by}
         changes = changed_params(self.project, execution)
         tags |= {
             "mlflow.source.type": "LOCAL",
@@ -798,6 +799,27 @@ def environment_tags() -> dict[str, str]:
     digest = hashlib.sha256("\n".join(sorted(packages)).encode()).hexdigest()[:16]
     versions = {f"version.{name}": importlib.metadata.version(name) for name in ("dvc", "mlflow")}
     return {**versions, "version.python": platform.python_version(), "version.packages": digest}
+
+
+def hardware_tags() -> dict[str, str]:
+    """What bits may depend on beside versions: the CPU's model and instruction set, each GPU and its driver."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    except OSError:  # not Linux
+        cpu = {}
+    flags = cpu.get("flags", "").split()
+    vectors = [name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX")) if flag in flags]
+    tags = {
+        "hardware.cpu": cpu.get("model name") or platform.processor() or "unknown",
+        "hardware.instruction_set": " ".join([platform.machine(), *vectors[:1]]),
+    }
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # there is none, or it hangs
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=3, check=True).stdout
+        if gpus := [", driver ".join(line.split(", ")) for line in shown.splitlines()]:
+            tags["hardware.gpu"] = "; ".join(gpus)
+    return tags
 
 
 def changed_params(project: Project, execution: Execution) -> list[str]:

@@ -1,6 +1,9 @@
 """Each kind of disagreement is planted, and audit names it in one line."""
 
+import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import Project, Store
@@ -9,6 +12,7 @@ from dvc.utils.serialize import modify_yaml
 from dvc_mlflow.audit import audit as audit_lines
 from dvc_mlflow.project import Project as DVCProject
 from dvc_mlflow.store import Store as MLflowStore
+from dvc_mlflow.store import hardware_tags
 
 
 @pytest.fixture
@@ -152,3 +156,31 @@ def test_a_mistake_in_params_is_a_disagreement(project: Project) -> None:
     result = project.command("audit", check=False)
     assert result.returncode == 1
     assert result.stdout == "train.lr: params.yaml has -1, dvc.lock 0.01\n"
+
+
+def test_other_bits_of_other_hardware_are_named_as_such_and_are_no_failure(project: Project) -> None:
+    with modify_yaml(project.folder / "dvc.yaml") as pipeline:
+        pipeline["stages"] = {"say": {"cmd": "dvc-mlflow run sh -c 'echo $WORD > said'", "outs": ["said"]}}
+    project.dvc("repro", WORD="one")
+    store = Store(project)
+    first = store.run("say")
+    assert first.data.tags["hardware.cpu"]
+    assert first.data.tags["hardware.instruction_set"].startswith(platform.machine())
+    project.dvc("repro", "--force", WORD="two")
+    second, _ = store.runs("say")
+    assert "note: " not in project.command("audit").stdout, "the hardware is the same, and not the reason"
+    store.client.set_tag(first.info.run_id, "hardware.cpu", "Another CPU")
+    (line,) = [line for line in project.command("audit").stdout.splitlines() if line.startswith("note: ")]
+    assert line.startswith(f"note: say: run {first.info.run_id} made other bytes from the same command")
+    assert " on Another CPU, " in line
+    assert f"; run {second.info.run_id} was on {second.data.tags['hardware.cpu']}, " in line
+
+
+def test_gpus_and_their_driver_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 570.86'\necho 'NVIDIA L4, 570.86'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert hardware_tags()["hardware.gpu"] == "NVIDIA H100, driver 570.86; NVIDIA L4, driver 570.86"
+    program.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    assert "hardware.gpu" not in hardware_tags()
