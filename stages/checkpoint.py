@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from stages.dataset import Dataset
 from stages.device import rng_states, set_rng_states
-from stages.params import Train
 from stages.stage import StageError, write
+
+if TYPE_CHECKING:
+    from stages.params import Train
 
 FOLDER = Path(".dvc", "tmp", "checkpoints")  # DVC keeps this .dvc/tmp out of git
 
@@ -32,7 +34,7 @@ FOLDER = Path(".dvc", "tmp", "checkpoints")  # DVC keeps this .dvc/tmp out of gi
 class Checkpoint:
     """Where one training stands after an epoch: its state, and the metrics of each epoch so far."""
 
-    def __init__(self, params: Train, dataset: Dataset, device: torch.device) -> None:
+    def __init__(self, params: "Train", dataset: Dataset, device: torch.device) -> None:
         self.key = _key(params, dataset, device)
         # In `dvc exp run --temp` the working folder is a copy that DVC deletes; DVC_ROOT names the real project.
         self.path = Path(os.environ.get("DVC_ROOT", ".")) / FOLDER / f"{self.key[:16]}.safetensors"
@@ -83,7 +85,7 @@ class Checkpoint:
             self.path.unlink()
 
 
-def _key(params: Train, dataset: Dataset, device: torch.device) -> str:
+def _key(params: "Train", dataset: Dataset, device: torch.device) -> str:
     """SHA-256 of all that decides the result."""
     folder = Path(__file__).parent
     files = {Path(module.__file__ or "") for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
@@ -91,7 +93,7 @@ def _key(params: Train, dataset: Dataset, device: torch.device) -> str:
     if device.type == "cuda":
         hardware = [torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]
     parts = {
-        "params": params.model_dump(exclude={"checkpoint_epochs"}),
+        "params": {key: value for key, value in vars(params).items() if key != "checkpoint_epochs"},
         "data": [hashlib.sha256(part.tobytes()).hexdigest() for part in (dataset.images, dataset.labels)],
         "classes": dataset.classes,
         "code": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.parent == folder},

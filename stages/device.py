@@ -2,11 +2,13 @@
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from stages.cpu import cores
 from stages.stage import StageError
 
 # glibc's mallopt(3), from malloc.h: names of the parameters, and the most that the first one may be.
@@ -21,6 +23,8 @@ def set_up_device(name: str, threads: int) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise StageError("expected a CUDA GPU (device: cuda), found none; set device: auto or cpu in params.yaml")
+    if threads > len(cores()):
+        print(f"{threads} threads share {len(cores())} CPU core(s): slower, to the same bits", file=sys.stderr)
     torch.set_num_threads(threads)  # the bits of a sum on CPU depend on how many threads share it
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), but imports no compiler: 0.8 s
     # Nothing here reads memory before it is written: filling it costs 6 % of the step.

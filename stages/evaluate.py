@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages import stage
+from stages import cpu, stage
 
 if __name__ == "__main__":
     stage.prepare()
+    cpu.import_torch("evaluate")
 
 import numpy as np
 import pandas as pd

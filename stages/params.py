@@ -49,6 +49,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # Printable words, with a space between: \p{C} is what Unicode calls other (control characters), \p{Z} separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[^\p{C}\p{Z}]+( [^\p{C}\p{Z}]+)*$", max_length=40)]
 Device = Literal["auto", "cuda", "cpu"]
+Bits = Literal["portable", "native"]
 
 
 class Section(BaseModel):
@@ -88,12 +89,14 @@ class Train(Section):
     checkpoint_epochs: Annotated[int, Field(ge=0, le=1_000_000)]
     device: Device
     threads: Threads
+    bits: Bits
 
 
 class Evaluate(Section):
     batch_size: Count
     device: Device
     threads: Threads
+    bits: Bits
 
 
 class Params(Section):

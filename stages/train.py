@@ -5,33 +5,28 @@ python -m stages.train data/fashion-mnist/train.safetensors --model models/lenet
 """
 
 import argparse
-import time
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from stages import stage
+from stages import cpu, stage
 
 if __name__ == "__main__":
     stage.prepare()
+    cpu.import_torch("train")
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from stages.checkpoint import Checkpoint
-from stages.dataset import Dataset, read_dataset
+from stages.dataset import read_dataset
 from stages.device import set_up_device
 from stages.figure import DARK, LIGHT, MIDDLE, make_figure, write_png
-from stages.lenet import LeNet, predict, write_model
-from stages.params import Train, read_params
-from stages.stage import StageError, check_inputs, write_csv, write_json
-from stages.training_step import Step
-
-VALIDATION_BATCH_SIZE = 1000
+from stages.lenet import write_model
+from stages.params import read_params
+from stages.stage import check_inputs, write_csv, write_json
+from stages.training import train
+from stages.turns import turn
 
 
 def main() -> None:
@@ -48,125 +43,13 @@ def main() -> None:
     device = set_up_device(params.train.device, params.train.threads)
     dataset = read_dataset(args.dataset)
     checkpoint = Checkpoint(params.train, dataset, device)
-    model, history = train(dataset, params.train, device, checkpoint, lambda rows: write_csv(args.history, rows))
+    with turn(params.train.threads) if device.type == "cpu" else contextlib.nullcontext():
+        model, history = train(dataset, params.train, device, checkpoint, lambda rows: write_csv(args.history, rows))
     write_model(args.model, model)
     write_csv(args.history, history)  # again: a training that was killed at its very end has no epoch left to report
     write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "train_lr")})
     write_png(args.plots / "curves.png", plot_curves(history))
     checkpoint.remove()
-
-
-def train(
-    dataset: Dataset,
-    params: Train,
-    device: torch.device,
-    checkpoint: Checkpoint,
-    report: Callable[[list[dict[str, Any]]], None],
-) -> tuple[LeNet, list[dict[str, Any]]]:
-    """Return the trained model and the metrics of each epoch; continue from the checkpoint if there is one.
-
-    After each epoch, `report` gets the metrics of all epochs so far.
-
-    Raises StageError when a size does not fit the data set, or when the loss is not finite.
-    """
-    total = len(dataset.images)
-    if params.validation_size >= total:
-        raise StageError(f"train.validation_size: expected less than {total:,} images, found {params.validation_size}")
-    if params.batch_size > total - params.validation_size:
-        available = total - params.validation_size
-        raise StageError(f"train.batch_size: expected at most {available:,} images, found {params.batch_size}")
-
-    split = torch.from_numpy(np.random.default_rng(params.seed).permutation(total))
-    training, validation = split[params.validation_size :], split[: params.validation_size]
-    images, labels = torch.from_numpy(dataset.images), torch.from_numpy(dataset.labels).long()
-    mean, std = mean_and_std(images, training) if params.standardize else (0.0, 255.0)
-
-    torch.manual_seed(params.seed)
-    model = LeNet(params.activation, dataset.classes, mean, std)
-    if params.init == "xavier":
-        model.init_xavier()
-    model = model.to(memory_format=torch.channels_last).to(device)
-    images, labels = images.to(device), labels.to(device)
-    step = Step(model, images, labels)
-    if device.type == "cuda":
-        step.use_cuda_graph(params.batch_size)
-
-    steps = -(-len(training) // params.batch_size)  # an epoch's
-    history = checkpoint.load(step.state())
-    if history:
-        print(f"going on after epoch {len(history)}/{params.epochs}, from a checkpoint", flush=True)
-    for epoch in range(len(history) + 1, params.epochs + 1):
-        start = time.perf_counter()
-        # The order depends on (seed, epoch) alone, not on what ran before.
-        order = training[np.random.default_rng((params.seed, epoch)).permutation(len(training))].to(device)
-        lrs = [lr_at(number, params.epochs * steps, params) for number in range((epoch - 1) * steps, epoch * steps)]
-        batches = order.split(params.batch_size)
-        metrics = {"epoch": epoch, "train_lr": lrs[-1]} | train_epoch(step, batches, lrs)
-        loss = metrics["train_loss"]
-        if not np.isfinite(loss) or not all(param.isfinite().all() for param in step.params):
-            found = "infinite weights" if np.isfinite(loss) else loss  # the last step's are in no loss yet
-            raise StageError(
-                f"expected a finite loss, found {found} in epoch {epoch}; try a train.lr below {params.lr}"
-            )
-        rate = len(training) / (time.perf_counter() - start)
-        if params.validation_size:
-            held_out = validation.to(device)
-            metrics |= validate(model, images[held_out], labels[held_out])
-        history.append(metrics)
-        if params.checkpoint_epochs and epoch % params.checkpoint_epochs == 0:
-            checkpoint.save(step.state(), history)
-        report(history)
-        print(describe(metrics, params.epochs, rate), flush=True)
-    return model, history
-
-
-def train_epoch(step: Step, batches: Sequence[Tensor], lrs: Sequence[float]) -> dict[str, float]:
-    """Take a step for each batch, at its learning rate; return the mean loss and accuracy on the way.
-
-    Batches are indices int64 (B,); the last may be shorter.
-    """
-    step.model.train()
-    step.loss_sum.zero_()
-    step.correct.zero_()
-    for batch, lr in zip(batches, lrs, strict=True):
-        step(batch, lr)
-    seen = sum(len(batch) for batch in batches)
-    return {"train_loss": step.loss_sum.item() / seen, "train_accuracy": step.correct.item() / seen}
-
-
-def validate(model: LeNet, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean loss and accuracy on images uint8 (N, 28, 28) with labels int64 (N,)."""
-    logits = predict(model, images, VALIDATION_BATCH_SIZE)
-    return {
-        "validation_loss": F.cross_entropy(logits, labels).item(),
-        "validation_accuracy": (logits.argmax(1) == labels).sum().item() / len(labels),
-    }
-
-
-def lr_at(step: int, steps: int, params: Train) -> float:
-    """The learning rate of step 0..steps-1: a function of nothing else, so that it needs no state.
-
-    one_cycle is the linear form of Smith and Topin 2018, https://arxiv.org/abs/1708.07120, read at mid-step.
-    """
-    if params.schedule == "constant":
-        return params.lr
-    done = (step + 0.5) / steps
-    rise = params.warmup_fraction
-    return params.lr * (done / rise if done < rise else (1 - done) / (1 - rise))
-
-
-def mean_and_std(images: Tensor, indices: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels, 0..255, of images uint8 (N, 28, 28) at `indices`.
-
-    Counted, not summed as floats, so that they are exact.
-    """
-    counts = torch.zeros(256, dtype=torch.int64)
-    for chunk in indices.split(4096):
-        counts += torch.bincount(images[chunk].flatten(), minlength=256)
-    values, total = torch.arange(256), counts.sum().item()
-    mean = (values * counts).sum().item() / total
-    variance = (values**2 * counts).sum().item() / total - mean**2
-    return mean, max(variance, 0.0) ** 0.5 or 255.0  # a set of one grey has no deviation to divide by
 
 
 def plot_curves(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -186,11 +69,6 @@ def plot_curves(history: Sequence[Mapping[str, float]]) -> Figure:
         axes.grid(color=LIGHT, linewidth=0.5)
         axes.legend(frameon=False)
     return figure
-
-
-def describe(metrics: dict[str, float], epochs: int, rate: float) -> str:
-    validation = f"  validation accuracy {metrics['validation_accuracy']:.4f}" if "validation_loss" in metrics else ""
-    return f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train_loss']:.4f}{validation}  {rate:,.0f} images/s"
 
 
 if __name__ == "__main__":

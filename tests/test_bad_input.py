@@ -40,7 +40,7 @@ from stages.figure import write_png
 from stages.lenet import LeNet, predict, read_model, write_model
 from stages.params import RESERVED, Fetch, File, Train, read_params
 from stages.stage import StageError
-from stages.train import train
+from stages.training import train
 
 SLOW = 10  # seconds of processor time that no input takes
 STRESS = 20  # times as many inputs
@@ -541,6 +541,7 @@ extreme_params = st.fixed_dictionaries(
         "checkpoint_epochs": st.sampled_from([0, 1, 2, 1_000_000]),
         "device": st.just("cpu"),
         "threads": st.just(1),
+        "bits": st.sampled_from(["portable", "native"]),
     }
 )
 

@@ -118,7 +118,7 @@ def test_other_data_code_versions_and_hardware_begin_anew(monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(target, value)
             assert key() != before
-    for name in ("lenet", "train", "training_step"):  # imported by this test, as train imports them
+    for name in ("lenet", "training", "training_step"):  # imported by this test, as train imports them
         changed = tmp_path / f"{name}.py"
         changed.write_text("# changed\n")
         with monkeypatch.context() as patch:
@@ -229,7 +229,7 @@ class DropoutLeNet(LeNet):
 def test_a_network_with_buffers_or_random_numbers_goes_on_to_the_same_bits(
     network: type[LeNet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.train.LeNet", network)
+    monkeypatch.setattr("stages.training.LeNet", network)
     whole, history = fit(epochs=EPOCHS)
     with pytest.raises(KeyboardInterrupt):
         fit(listener=CutOff(2), epochs=EPOCHS, checkpoint_epochs=1)

@@ -40,6 +40,7 @@ def test_the_project_s_own_params_are_valid() -> None:
         ("  seed: 0", "  seed: -1", ["train.seed: expected greater than or equal to 0, found -1"]),
         ("activation: sigmoid", "activation: tanh", ["train.activation: expected 'sigmoid' or 'relu', found 'tanh'"]),
         ("standardize: true", "standardize: 1", ["train.standardize: expected a valid boolean, found 1"]),
+        ("bits: portable", "bits: fast", ["train.bits: expected 'portable' or 'native', found 'fast'"]),
         ("name: train-images", "name: ../train-images", ["fetch.files.train_images.name: expected"]),
         ("http://fashion", "ftp://fashion", ["fetch.mirrors.0: expected an http or https address without user and"]),
         ("  lr: 0.01", "  lr: 101", ["train.lr: expected less than or equal to 100, found 101"]),

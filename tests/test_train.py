@@ -14,7 +14,7 @@ from stages.device import set_up_device
 from stages.lenet import LeNet, predict, read_model, write_model
 from stages.params import Train, read_params
 from stages.stage import StageError
-from stages.train import lr_at, mean_and_std, train
+from stages.training import lr_at, mean_and_std, train
 
 CLASSES = [f"class {label}" for label in range(10)]
 CPU = torch.device("cpu")

@@ -1,0 +1,102 @@
+"""The CPU: which bits PyTorch computes on it, and which of its cores are this process's.
+
+PyTorch's libraries choose their kernels by the CPU's instruction set and maker, once, unless variables of the
+environment tell them which to take. So these are set before PyTorch is imported.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# The same bits on every x86-64 CPU with AVX2.
+PORTABLE = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",  # oneDNN: convolutions
+    "ATEN_CPU_CAPABILITY": "avx2",  # PyTorch's own kernels
+    "MKL_CBWR": "COMPATIBLE",  # MKL: matrix products; its other modes give an Intel other bits than an AMD
+}
+# They decide bits, too: kernels, their precision, and how many threads there really are.
+UNSET = (
+    "DNNL_MAX_CPU_ISA",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OMP_DYNAMIC",
+    "OMP_THREAD_LIMIT",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+)
+OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def import_torch(section: str) -> None:
+    """Import PyTorch, set up for the CPU as `bits` and `threads` of this section of params.yaml say.
+
+    `bits` wins over the environment, with a line, since the bits must be those of the params.
+    """
+    values = _read(section)
+    portable = values.get("bits") != "native"
+    if portable and not has_avx2():
+        print(
+            f"warning: {section}.bits: portable needs an x86-64 CPU with AVX2, and this is another; "
+            "what it computes has other bits than in dvc.lock",
+            file=sys.stderr,
+        )
+        portable = False
+    wanted = PORTABLE if portable else {}
+    for name in (*PORTABLE, *UNSET):
+        found, value = os.environ.pop(name, None), wanted.get(name)
+        if found not in (None, value):
+            print(f"warning: {name}={found} in the environment is ignored: {section}.bits decides", file=sys.stderr)
+        if value is not None:
+            os.environ[name] = value
+    # Beside a busy process, threads that spin on while they wait, or that share a core, cost half of the rate.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    threads = values.get("threads")
+    if allowed and isinstance(threads, int) and threads >= len(allowed):
+        os.environ.setdefault("OMP_PROC_BIND", "true")
+    import torch  # noqa: F401
+
+    if allowed:
+        os.sched_setaffinity(0, allowed)  # OpenMP has bound this thread, too, and what it would start
+
+
+def has_avx2() -> bool:
+    """Whether this is an x86-64 CPU with AVX2 and FMA, as the CPU itself says."""
+    from numpy._core._multiarray_umath import __cpu_features__ as features  # type: ignore[import-not-found]
+
+    return bool(features.get("AVX2") and features.get("FMA3"))
+
+
+def _read(section: str) -> dict[str, object]:
+    """The section as it stands, unchecked; {} if there is none: the stage will say what is wrong."""
+    from stages.params import StageError, read_values
+
+    try:
+        return dict(read_values()[section])
+    except (StageError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def cores() -> list[int]:
+    """The cores that this process may use, by their numbers: those of its affinity, as many as its cgroup's quota."""
+    of_process = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    allowed = sorted(of_process)
+    return allowed[: _quota(len(allowed))]
+
+
+def _quota(most: int) -> int:
+    """The whole cores, at least 1 and at most `most`, that cgroups (version 2) allow, as containers set them.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+    """
+    try:
+        (own,) = [line for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::/")]
+    except (OSError, ValueError):
+        return most
+    folder = CGROUPS / own.removeprefix("0::/")
+    for place in (folder, *folder.parents):
+        try:
+            quota, period = (place / "cpu.max").read_text().split()
+            most = min(most, max(1, -(-int(quota) // int(period))))
+        except (OSError, ValueError):  # it has no limit, "max", or there is none
+            continue
+    return most

@@ -1,0 +1,88 @@
+"""The same params give the same bits on other CPUs, which QEMU emulates."""
+
+import itertools
+import os
+import shlex
+import shutil
+import sys
+
+import pytest
+from conftest import Pipeline, Project
+
+# Of either maker, all with AVX2. The first of each list is also part of the short form.
+CPUS = {"Intel": ["Haswell", "Broadwell", "Skylake-Client"], "AMD": ["EPYC", "EPYC-Rome"]}
+
+# One process for two stages: to import PyTorch is most of what an emulated one does.
+STAGES = """
+import shlex, sys
+from stages import cpu
+cpu.import_torch("train")
+import stages.train, stages.evaluate
+for module, command in zip((stages.train, stages.evaluate), sys.argv[1:]):
+    sys.argv = shlex.split(command)
+    module.main()
+"""
+
+needs_qemu = pytest.mark.skipif(
+    not shutil.which("qemu-x86_64") or os.uname().machine != "x86_64",
+    reason="needs qemu-x86_64 (Debian: qemu-user), on an x86-64 CPU",
+)
+
+
+def arguments(project: Project, stage: str) -> str:
+    """The stage's command from its module on."""
+    return Pipeline(project.folder).stages[stage]["cmd"].removeprefix("dvc-mlflow run python -m ")
+
+
+def remove_outs(project: Project, *stages: str) -> None:
+    for stage in stages:
+        for out in Pipeline(project.folder).outs(stage):
+            (project.folder / out).unlink()
+
+
+@needs_qemu
+@pytest.mark.parametrize("maker", CPUS)
+def test_an_emulated_cpu_gives_the_bits_of_this_one(maker: str, project: Project, stress: bool) -> None:
+    expected = project.md5s()
+    outs = [out for stage in ("train", "evaluate") for out in Pipeline(project.folder).outs(stage)]
+    for model in CPUS[maker] if stress else CPUS[maker][:1]:
+        remove_outs(project, "train", "evaluate")
+        commands = [arguments(project, stage) for stage in ("train", "evaluate")]
+        result = project.run("qemu-x86_64", "-cpu", model, sys.executable, "-c", STAGES, *commands)
+        assert "epoch 3/3" in result.stdout
+        assert "warning" not in result.stderr
+        found = Pipeline(project.folder).hash(outs)
+        assert found == {out: expected[out] for out in outs}, model
+
+
+@needs_qemu
+def test_all_outs_of_all_stages_have_the_same_bits_with_two_threads(new_project: Project, stress: bool) -> None:
+    """The commands of dvc.yaml, with the default number of threads."""
+    if not stress:
+        pytest.skip("the long form: --stress")
+    stages = ("fetch", "train", "evaluate")
+    for stage in stages[1:]:
+        new_project.set(f"{stage}.threads", 2)
+
+    def run(*before: str) -> dict[str, str]:
+        for stage in stages:
+            new_project.run(*before, sys.executable, "-m", *shlex.split(arguments(new_project, stage)))
+        found = Pipeline(new_project.folder).hash(outs)
+        remove_outs(new_project, *stages)
+        return found
+
+    outs = [out for stage in stages for out in Pipeline(new_project.folder).outs(stage)]
+    expected = run()
+    assert "" not in expected.values()
+    for model in itertools.chain.from_iterable(CPUS.values()):
+        assert run("qemu-x86_64", "-cpu", model) == expected, model
+
+
+@needs_qemu
+def test_a_cpu_without_avx2_trains_and_says_that_its_bits_differ(project: Project, stress: bool) -> None:
+    if not stress:
+        pytest.skip("the long form: --stress")
+    commands = [arguments(project, stage) for stage in ("train", "evaluate")]
+    result = project.run("qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-c", STAGES, *commands)
+    assert "epoch 3/3" in result.stdout
+    assert "warning: train.bits: portable needs an x86-64 CPU with AVX2, and this is another" in result.stderr
