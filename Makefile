@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro test stress bench ui sync audit lint format lock
+.PHONY: help repro test stress bench gpu ui sync audit lint format lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -18,13 +18,17 @@ repro: .venv/installed  ## run what a change affects, then show the metrics
 test: .venv/installed  ## run the tests
 	@pytest tests/
 
-stress: .venv/installed  ## run the long forms of the reliability tests: kills, faults, bad input; 30 minutes
+stress: .venv/installed  ## run the long forms of the reliability tests: kills, faults, bad input, CPUs; 45 minutes
 	@pytest --stress tests/test_kills.py tests/test_checkpoint.py tests/test_faults.py tests/test_bad_input.py \
-		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py
+		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py tests/test_same_bits.py
 
-bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 15 minutes, with nothing else at work
+bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else at work
 	@dvc repro fetch
 	@python -m benchmarks.run
+
+gpu: .venv/installed  ## measure and test on a GPU all that needs one: 8 minutes
+	@dvc repro fetch
+	@python -m benchmarks.gpu
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT=5001 for another port)
 	@dvc-mlflow ui --port $(MLFLOW_PORT)

@@ -72,6 +72,7 @@ def test_the_steps_before_a_capture_are_forgotten_and_each_batch_is_what_is_repl
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_the_graph_gives_the_same_bits_as_no_graph(capsys: pytest.CaptureFixture[str]) -> None:
     device = set_up_device("cuda", 1)
