@@ -6,12 +6,11 @@ commands in dvc.yaml would make them, so `dvc status` finds nothing to do.
 
 import argparse
 import hashlib
-import io
 import json
 import subprocess
 from pathlib import Path
 
-from ruamel.yaml import YAML
+from dvc.utils.serialize import dumps_yaml
 
 DVC_YAML = """\
 stages:
@@ -117,14 +116,7 @@ def files_of(number: int) -> tuple[dict[str, str], dict[str, str]]:
             **({"params": {"params.yaml": params_of}} if params_of else {}),
             "outs": entries(*outs),
         }
-    return {"params.yaml": params, "dvc.lock": _yaml({"schema": "2.0", "stages": stages}), **tracked}, cached
-
-
-def _yaml(values: dict[str, object]) -> str:
-    yaml, stream = YAML(), io.StringIO()
-    yaml.default_flow_style = False
-    yaml.dump(values, stream)
-    return stream.getvalue()
+    return {"params.yaml": params, "dvc.lock": dumps_yaml({"schema": "2.0", "stages": stages}), **tracked}, cached
 
 
 def md5(text: str) -> str:

@@ -42,7 +42,7 @@ def main() -> None:
 
 def find_run(store: "Store", run_id: str | None) -> "Run":
     if run_id is None:
-        execution = store.project.locked_alone("train")
+        execution = store.project.locked("train")
         run = store.find(execution) if execution else None
         if run is None:
             sys.exit("error: expected MLflow to have the train run of dvc.lock, found none; `make sync` records it")

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, flatten, same, start_of
 from dvc_mlflow.project import Project, Unprovable, _plain, hash_path, matches, one_command
-from dvc_mlflow.store import EXECUTION, RunFiles, Store, parent_metrics
+from dvc_mlflow.store import CLAIM, EXECUTION, RunFiles, Store, parent_metrics
 from dvc_mlflow.text import valid_name
 
 
@@ -32,6 +32,8 @@ def audit(store: Store, everything: bool = False) -> Iterator[str]:
         if execution is None:
             continue
         run = store.find(execution)
+        if run is None:  # it may be below another run than that of its model
+            run = next(iter(store.search({CLAIM: execution.id}, "FINISHED")), None)
         if run is None:
             yield f"{address}: MLflow has no finished run of what dvc.lock records; `dvc-mlflow sync`"
             continue
@@ -40,7 +42,7 @@ def audit(store: Store, everything: bool = False) -> Iterator[str]:
         yield f"{run.data.tags['stage']}: run {run.info.run_id}: MLflow has it RUNNING, its process is gone"
     if everything:
         for run in store.search({}, "FINISHED"):
-            if "dvc.execution" in run.data.tags:
+            if CLAIM in run.data.tags:
                 lines = audit_run(store, run, None)
                 yield from (f"{run.data.tags['stage']}: run {run.info.run_id}: {line}" for line in lines)
 
@@ -148,7 +150,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
     if execution is None:
         yield f"its artifact {EXECUTION} cannot be read"
         return
-    if execution.id != run.data.tags.get("dvc.execution") or (locked and locked.id != execution.id):
+    if execution.id != run.data.tags.get(CLAIM) or (locked and locked.id != execution.id):
         yield f"its artifact {EXECUTION} is of another execution"
         return
     for path, digest in execution.deps.items():
@@ -190,7 +192,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
     if maker:
         parent_id = run.data.tags.get("mlflow.parentRunId")
         parent = store.client.get_run(parent_id) if parent_id else None
-        if parent is None or parent.data.tags.get("dvc.execution") != maker.id:
+        if parent is None or parent.data.tags.get(CLAIM) != maker.id:
             yield "its parent is not the run that made its model"
 
 

@@ -211,7 +211,7 @@ def _path(out: Any) -> str:
 
 def _yaml(text: str) -> YAML:
     """A YAML that writes as the text is written: its comments, quotes and indents."""
-    yaml = YAML()
+    yaml = YAML(typ="rt")
     yaml.preserve_quotes = True
     yaml.width = 10_000
     indented = re.search(r"^( *)[^\s#-][^\n]*:[ ]*\n\1( *)- ", text, re.MULTILINE)

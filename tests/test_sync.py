@@ -24,7 +24,7 @@ def content(store: Store, run: Run) -> dict[str, Any]:
     tags = {
         key: value
         for key, value in run.data.tags.items()
-        if key not in own and not key.startswith(("process.", "version."))
+        if key not in own and not key.startswith(("process.", "version.", "hardware."))
     }
     curves = {key: store.curve(run, key) for key in run.data.metrics}
     datasets = [entry.dataset for entry in run.inputs.dataset_inputs] if run.inputs else []
