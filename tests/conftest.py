@@ -90,6 +90,10 @@ def tiny_files() -> dict[str, bytes]:
     return make_tiny_files()
 
 
+# A shell that starts the tests in the background has them ignore SIGINT, and so all that they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MIRROR = pytest.StashKey[str]()
 
 
