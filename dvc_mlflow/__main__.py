@@ -144,11 +144,11 @@ def _sync(store: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, bool
     from dvc_mlflow.history import sync_history
     from dvc_mlflow.sync import close_left, sync
 
+    yield from close_left(store, arguments.close_stale)
     if arguments.all or arguments.rev:
-        yield from close_left(store, arguments.close_stale)
         yield from sync_history(store, arguments.rev, arguments.fetch)
     if not arguments.rev:
-        yield from sync(store, arguments.close_stale)
+        yield from sync(store)
 
 
 if __name__ == "__main__":

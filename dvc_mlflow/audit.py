@@ -14,7 +14,6 @@ from mlflow.entities import Run
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, flatten, same, start_of
 from dvc_mlflow.project import Project, Unprovable, _plain, hash_path, matches, one_command
 from dvc_mlflow.store import CLAIM, EXECUTION, RunFiles, Store, parent_metrics
-from dvc_mlflow.text import valid_name
 
 
 def audit(store: Store, everything: bool = False) -> Iterator[str]:
@@ -57,10 +56,10 @@ def notes(store: Store) -> Iterator[str]:
         run = store.find(execution) if execution else None
         if execution is None or run is None:
             continue
-        for other in store.search({"stage": execution.stage, "dvc.fingerprint": execution.fingerprint}, "FINISHED"):
-            tags = {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
-            here, there = _hardware(run), _hardware(other)
-            if not tags.items() <= other.data.tags.items() and here and there and here != there:
+        here = _hardware(run)
+        for other, same_outs in store.alike(execution):
+            there = _hardware(other)
+            if not same_outs and here and there and here != there:
                 yield (
                     f"{address}: run {other.info.run_id} made other bytes from the same command, params and inputs, "
                     f"on {there}; run {run.info.run_id} was on {here}"

@@ -75,7 +75,7 @@ class Execution:
         """Those before it and itself, each with those before it."""
         whole: list[Execution] = []
         for one in self.upstream:
-            near = [other for other in whole if any(_meet(dep, out) for dep in one.deps for out in other.outs)]
+            near = [other for other in whole if any(meet(dep, out) for dep in one.deps for out in other.outs)]
             before = {other.stage: other for maker in near for other in (*maker.upstream, maker)}
             whole.append(replace(one, upstream=tuple(other for other in whole if other.stage in before)))
         yield from (*whole, self)
@@ -353,7 +353,7 @@ def _leaves(execution: Execution, files: Files) -> dict[str, str]:
     named = [*declared.metrics, *declared.plots, *(c.path for c in declared.curves), *declared.models.values()]
     for path, digest in execution.outs.items():
         if digest.endswith(".dir"):
-            wanted = any(inside(one, path) or inside(path, one) for one in named)
+            wanted = any(meet(one, path) for one in named)
             entries = files.entries(path, digest)
             if entries is None:
                 if wanted and path not in declared.models.values():
@@ -373,7 +373,7 @@ def inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder}/") or folder == "."
 
 
-def _meet(path: str, other: str) -> bool:
+def meet(path: str, other: str) -> bool:
     """Whether one of the paths is the other, or in it."""
     return inside(path, other) or inside(other, path)
 

@@ -1,5 +1,6 @@
 """Record a project's history: the executions of all commits and experiments, each once, as of the first that has it."""
 
+import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -7,7 +8,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dvc.exceptions import DvcException
-from dvc.repo.experiments.utils import exp_refs
 from dvc.scm import NoSCM, resolve_rev
 from scmrepo.exceptions import SCMError
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from dvc_mlflow.execution import Execution, MissingBytes
 from dvc_mlflow.project import Owners, Project, Unprovable
 from dvc_mlflow.revision import Commit, Known, Revision
 from dvc_mlflow.store import Store, describe
-from dvc_mlflow.sync import own_executions
+from dvc_mlflow.sync import experiments, own_executions
 from dvc_mlflow.text import UserError, one_line
 
 PIPELINE = ("dvc.yaml", "dvc.lock", "params.yaml")  # the files that say which stages there are, and what they did
@@ -34,7 +34,9 @@ def sync_history(store: Store, revs: list[str], fetch: bool) -> Iterator[tuple[s
     if _git(project, "rev-parse", "--is-shallow-repository").strip() == "true":
         yield "this clone is shallow: older commits are not here; `git fetch --unshallow` brings them", False
     history, wanted = History(store, _remotes(project) if fetch else ()), None
-    own = experiments(project)
+    own: dict[str, list[tuple[str, str]]] = {}  # of experiments, by revision: the names, each with its baseline
+    for name, rev, baseline in experiments(project):
+        own.setdefault(rev, []).append((name, baseline))
     if revs:
         ends = [_resolve(project, rev) for rev in revs]
         own = {rev: named for rev, named in own.items() if rev in ends}
@@ -172,15 +174,6 @@ class History:
         )
 
 
-def experiments(project: Project) -> dict[str, list[tuple[str, str]]]:
-    """The experiments by the revision of each: its names, each with its baseline."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for ref in exp_refs(project.repo.scm):
-        if ref.name:
-            found.setdefault(project.repo.scm.get_ref(str(ref)), []).append((one_line(ref.name, 200), ref.baseline_sha))
-    return found
-
-
 def tips(project: Project) -> list[str]:
     """The commits that HEAD, branches, remote branches and tags name."""
     listed = _git(
@@ -230,16 +223,14 @@ def read_commits(project: Project, tips: list[str]) -> dict[str, Commit]:
 
 
 def _git(project: Project, *arguments: str, stdin: Iterable[str] = (), accept: int = 0) -> str:
-    """What git prints. Raises UserError if it fails."""
-    command = ["git", "-C", str(project.folder), *arguments]
-    lines = "".join(f"{line}\n" for line in stdin)
+    """What git prints, of lines that it reads. Raises UserError if it fails."""
+    lines = "".join(f"{line}\n" for line in stdin).encode()
     try:
-        ended = subprocess.run(command, input=lines, capture_output=True, text=True, errors="surrogateescape")
+        return os.fsdecode(project.ask_git(*arguments, stdin=lines, accept=accept))
     except OSError:
         raise UserError("expected git, found none; install it, or activate the environment") from None
-    if ended.returncode not in (0, accept):
-        raise UserError(f"git cannot read the history: {one_line(ended.stderr.strip())}")
-    return ended.stdout
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"git cannot read the history: {one_line(os.fsdecode(error.stderr).strip())}") from None
 
 
 def _resolve(project: Project, rev: str) -> str:

@@ -31,7 +31,7 @@ from dvc_data.hashfile.meta import Meta
 from dvc_data.hashfile.tree import Tree
 from scmrepo.exceptions import SCMError
 
-from dvc_mlflow.execution import Curves, Declared, Execution, inside
+from dvc_mlflow.execution import Curves, Declared, Execution, inside, meet
 from dvc_mlflow.text import UserError, one_line
 
 HASHES = ("md5", "etag", "checksum", "version_id")
@@ -149,8 +149,8 @@ class Project:
         def own(path: str) -> bool:
             return any(inside(path, out) for out in outs)
 
-        def holds(path: str) -> bool:
-            return any(inside(out, path) for out in outs)
+        def near_out(path: str) -> bool:
+            return any(meet(path, out) for out in outs)
 
         artifacts = {
             self._artifact_name(dvcfile, name): (_join(self._folder(dvcfile), value["path"]), value)
@@ -166,8 +166,8 @@ class Project:
         return Declared(
             desc=stage.desc or "",
             metrics=tuple(dict.fromkeys(path for path in metrics if own(path))),
-            plots=tuple(dict.fromkeys(path for path in plots if own(path) or holds(path))),
-            curves=tuple(dict.fromkeys(curve for curve in curves if own(curve.path) or holds(curve.path))),
+            plots=tuple(dict.fromkeys(path for path in plots if near_out(path))),
+            curves=tuple(dict.fromkeys(curve for curve in curves if near_out(curve.path))),
             datasets={name: path for name, (path, value) in near.items() if value.get("type") == "dataset"},
             models=models,
             model_meta={
@@ -362,11 +362,7 @@ class Project:
 
     def _makers(self, path: str) -> list[str]:
         """The stages with an out that is this path, holds it, or lies in it."""
-        return [
-            address
-            for address, stage in self.stages.items()
-            if any(inside(path, out) or inside(out, path) for out in self.outs(stage))
-        ]
+        return [address for address, stage in self.stages.items() if any(meet(path, out) for out in self.outs(stage))]
 
     def made(self, execution: Execution, path: str, digest: str) -> bool:
         """Whether the execution made the bytes with this hash at this path, or all of its part of them."""
@@ -458,14 +454,16 @@ class Project:
         plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
         diff = ("diff", "--binary", "--relative", *plain)
         try:
-            commit = self._git("rev-parse", "HEAD").decode().strip()
-            patch = self._git(*diff, "HEAD", "--", ".", *exclude, GIT_INDEX_FILE=self._old_index())
+            commit = self.ask_git("rev-parse", "HEAD").decode().strip()
+            patch = self.ask_git(*diff, "HEAD", "--", ".", *exclude, GIT_INDEX_FILE=self._old_index())
             existing = [path for path in sorted(read - {*written}) if (self.folder / path).exists()]
-            listed = self._git("ls-files", "--others", "--exclude-standard", "-z", "--", *existing) if existing else b""
+            listed = (
+                self.ask_git("ls-files", "--others", "--exclude-standard", "-z", "--", *existing) if existing else b""
+            )
             for path in listed.split(b"\0")[:-1]:
                 name = os.fsdecode(path)
                 if not any(inside(name, out) for out in written):
-                    patch += self._git(*diff, "--no-index", "--", "/dev/null", name, accept=1)
+                    patch += self.ask_git(*diff, "--no-index", "--", "/dev/null", name, accept=1)
         except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
             return Git(author=self.author())
         return Git(commit, patch, self.author())
@@ -475,7 +473,7 @@ class Project:
 
         Else it misses a change to as many bytes within the second of the checkout, as DVC makes for an experiment.
         """
-        index = self.folder / os.fsdecode(self._git("rev-parse", "--git-path", "index")).rstrip("\n")
+        index = self.folder / os.fsdecode(self.ask_git("rev-parse", "--git-path", "index")).rstrip("\n")
         copy = Path(self._scratch.name) / "index"
         if index.exists():
             shutil.copyfile(index, copy)
@@ -485,7 +483,7 @@ class Project:
     def author(self) -> str:
         """Git's author here, as `Name <address>`; "" if git knows none."""
         try:
-            return self._git("var", "GIT_AUTHOR_IDENT").decode().rpartition(">")[0] + ">"
+            return self.ask_git("var", "GIT_AUTHOR_IDENT").decode().rpartition(">")[0] + ">"
         except (OSError, subprocess.CalledProcessError):
             return ""
 
@@ -510,7 +508,7 @@ class Project:
         return replace(execution, params=_plain(params))
 
     def _committed(self, path: str) -> str:
-        return self._git("show", f"HEAD:./{path}").decode()
+        return self.ask_git("show", f"HEAD:./{path}").decode()
 
     def code_folder(self, execution: Execution, paths: list[str]) -> Path | None:
         """The folder that has these files and folders, as they were when the execution ran."""
@@ -525,11 +523,12 @@ class Project:
         baseline = os.environ.get("DVC_EXP_BASELINE_REV")
         return {"dvc.exp_baseline_rev": baseline} if baseline else {}
 
-    def _git(self, *arguments: str, accept: int = 0, **env: str) -> bytes:
+    def ask_git(self, *arguments: str, stdin: bytes = b"", accept: int = 0, **env: str) -> bytes:
+        """What git prints in the project's folder. Raises OSError without git, CalledProcessError if it fails."""
         command = ["git", "-C", str(self.folder), *arguments]
-        result = subprocess.run(command, capture_output=True, env=os.environ | env)
+        result = subprocess.run(command, input=stdin, capture_output=True, env=os.environ | env)
         if result.returncode not in (0, accept):
-            raise subprocess.CalledProcessError(result.returncode, command)
+            raise subprocess.CalledProcessError(result.returncode, command, result.stdout, result.stderr)
         return result.stdout
 
 

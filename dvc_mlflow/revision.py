@@ -88,7 +88,7 @@ class Revision(Project):
 
     def _committed(self, path: str) -> str:
         if self.commit.baseline:
-            return self._git("show", f"{self.commit.baseline}:./{path}").decode()
+            return self.ask_git("show", f"{self.commit.baseline}:./{path}").decode()
         return self._read(path).decode()
 
     def code_folder(self, execution: Execution, paths: list[str]) -> Path | None:
@@ -98,7 +98,7 @@ class Revision(Project):
         folder = Path(self._scratch.name) / self.commit.rev
         archive = folder.with_suffix(".tar")
         try:
-            archive.write_bytes(self._git("archive", self.commit.rev, "--", *paths))
+            archive.write_bytes(self.ask_git("archive", self.commit.rev, "--", *paths))
         except (OSError, subprocess.CalledProcessError):  # it lacks one of them
             return None
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 # Before MLflow is imported. A store that does not answer is abandoned after some 8 s: `dvc-mlflow sync` makes up for
@@ -169,11 +170,13 @@ class Store:
 
     def find_alone(self, execution: Execution) -> Run | None:
         """A finished run of an execution of which it is not known what came before it."""
+        return next((run for run, same_outs in self.alike(execution) if same_outs), None)
+
+    def alike(self, execution: Execution) -> list[tuple[Run, bool]]:
+        """The finished runs of this stage's command, params and deps, each with whether it made the same outs."""
         outs = {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
-        for run in self.search({"stage": execution.stage, "dvc.fingerprint": execution.fingerprint}, "FINISHED"):
-            if outs.items() <= run.data.tags.items():
-                return run
-        return None
+        found = self.search({"stage": execution.stage, "dvc.fingerprint": execution.fingerprint}, "FINISHED")
+        return [(run, outs.items() <= run.data.tags.items()) for run in found]
 
     def parent(self, execution: Execution, experiment: str | None = None) -> Run | None:
         """The run that made the model that the execution reads; None if it reads none.
@@ -547,6 +550,11 @@ class Store:
                 raise Unprovable(mistaken(one))
         content = content_of(execution, self.project)  # before there is a run: raises MissingBytes
         self.problems += content.problems
+        with interrupts_held():
+            return self._make(execution, experiment, content), True
+
+    def _make(self, execution: Execution, experiment: str | None, content: Content) -> Run:
+        """Make the run of an execution that has ended, from one that was killed, if there is one."""
         git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
         git = git if git.commit else Git(author=self.project.author())
         # What is of another commit is not what was killed here.
@@ -556,14 +564,14 @@ class Store:
             try:
                 self.complete(run_id, execution)
                 self.client.set_tag(run_id, "restored", "true")
-                return self.publish(run_id, execution, experiment), True
+                return self.publish(run_id, execution, experiment)
             except Conflict:  # it was of an attempt that made other numbers
                 self.terminate(run_id, "KILLED")
         run_id, _ = self.begin(execution, experiment, os.getpid(), self.project.now(), git, False, content)
         try:
             self.complete(run_id, execution, {}, content)
-            return self.publish(run_id, execution, experiment), True
-        except BaseException:
+            return self.publish(run_id, execution, experiment)
+        except Exception:
             with contextlib.suppress(Exception):
                 self.discard(run_id)
             raise
@@ -590,8 +598,7 @@ class Store:
         """Remove a run that stands for nothing that another does not show, and its models."""
         for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'"):
             self.client.delete_logged_model(model.model_id)
-        self.terminate(run_id, "KILLED")
-        self.client.delete_run(run_id)
+        self.client.delete_run(run_id)  # as RUNNING: if this is not reached, the next sync finds it dead
 
     # Reading runs
 
@@ -706,6 +713,33 @@ def parent_metrics(execution: Execution, content: Content, own: set[str]) -> dic
         if "." not in key:
             shown[valid_name(f"{prefix}.{key}" if prefix else key)] = value
     return shown
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let a signal that ends this process wait for the end of the block, but not a second one.
+
+    A transaction that is interrupted keeps SQLite's file locked, even for the same process: it could not clean up.
+    """
+    caught: list[int] = []
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        handler = former[signal.Signals(number)]
+        if caught and callable(handler):
+            handler(number, frame)
+        caught.append(number)
+
+    for number, handler in former.items():
+        if callable(handler):  # not ignored
+            signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 def quiet() -> None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from dvc.exceptions import DvcException
-from scmrepo.exceptions import SCMError
+from dvc.repo.experiments.utils import exp_refs
+from dvc.scm import NoSCM
 
 from dvc_mlflow.execution import Execution, MissingBytes
 from dvc_mlflow.project import Owners, Project, Unprovable
@@ -11,11 +11,12 @@ from dvc_mlflow.store import Store, describe
 from dvc_mlflow.text import one_line
 
 
-def sync(store: Store, close_stale: float | None = None) -> Iterator[tuple[str, bool]]:
+def sync(store: Store) -> Iterator[tuple[str, bool]]:
     """Record what the workspace and the experiments of this commit are; yield lines, and whether each is a failure."""
-    yield from close_left(store, close_stale)
     yield from record_all(store, store.project, None, "")
     for name, rev, baseline in experiments(store.project):
+        if baseline != store.project.repo.scm.get_rev():
+            continue
         owners = Owners(store.project, name, baseline)
         with store.project.repo.switch(rev):
             there = store.project.at_this_revision()
@@ -78,11 +79,9 @@ def own_executions(
             yield address, execution, owners.experiment
 
 
-def experiments(project: Project) -> list[tuple[str, str, str]]:
-    """The experiments of the current commit: name, revision and baseline of each; none without git."""
-    try:
-        found = project.repo.experiments.ls(rev=["HEAD"])
-        head = project.repo.scm.get_rev()
-    except (DvcException, SCMError, OSError):
-        return []
-    return [(one_line(name, 200), rev, head) for revs in found.values() for name, rev in revs if rev]
+def experiments(project: Project) -> Iterator[tuple[str, str, str]]:
+    """All experiments: name, revision and baseline of each; none without git."""
+    scm = project.repo.scm
+    for ref in () if isinstance(scm, NoSCM) else exp_refs(scm):
+        if ref.name:
+            yield one_line(ref.name, 200), scm.get_ref(str(ref)), ref.baseline_sha

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,6 +160,19 @@ def execute(command: Sequence[str], folder: Path, env: dict[str, str]) -> subpro
     if module and command[1] != "run":
         return forked.run_module(module, command[1:], folder, env)
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def make_project(folder: Path, files: Mapping[str, str], git: bool = True) -> None:
+    """Make a DVC project of these files in a new folder, in a git repository unless told otherwise; commit nothing."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    commands = (
+        [["git", "init", "-q", "-b", "main"], ["dvc", "init", "-q"]] if git else [["dvc", "init", "-q", "--no-scm"]]
+    )
+    for command in commands:
+        ended = execute(command, folder, environment())
+        assert ended.returncode == 0, ended
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-from conftest import environment, execute
+from conftest import environment, execute, make_project
 from mlflow.entities import Run
 
 HERE = {"GIT_AUTHOR_NAME": "Ada", "GIT_AUTHOR_EMAIL": "ada@example.org"}
@@ -48,17 +48,8 @@ class Pipeline:
 
     def make(self, prefix: str = "", git: bool = True) -> None:
         """Fill it with two stages, and commit them; nothing has run."""
-        self.folder.mkdir()
-        for path, text in {
-            "dvc.yaml": PIPELINE.format(prefix=prefix),
-            "fit.sh": FIT,
-            "params.yaml": "rate: 1\nsize: 1\n",
-            "data/x": "0.",
-        }.items():
-            self.write(path, text)
-        if git:
-            self.run("git", "init", "-q", "-b", "main")
-        self.run("dvc", "init", "-q", *([] if git else ["--no-scm"]))
+        files = {"fit.sh": FIT, "params.yaml": "rate: 1\nsize: 1\n", "data/x": "0."}
+        make_project(self.folder, {"dvc.yaml": PIPELINE.format(prefix=prefix), **files}, git)
         if git:
             self.commit()
 

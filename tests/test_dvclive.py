@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, execute
+from conftest import environment, execute, make_project
 from mlflow.entities import Run
 
 TRAIN = """
@@ -37,16 +37,8 @@ class Live:
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder = folder / "project"
-        self.folder.mkdir(parents=True)
-        for name, text in {
-            "dvc.yaml": DVC_YAML.format(prefix=prefix),
-            "train.py": TRAIN,
-            "params.yaml": "rate: 0.125\n",
-            ".gitignore": "/mlflow.db*\n/mlartifacts\n",
-        }.items():
-            (self.folder / name).write_text(text)
-        self.run("git", "init", "-q")
-        self.run("dvc", "init", "-q")
+        files = {"train.py": TRAIN, "params.yaml": "rate: 0.125\n", ".gitignore": "/mlflow.db*\n/mlartifacts\n"}
+        make_project(self.folder, {"dvc.yaml": DVC_YAML.format(prefix=prefix), **files})
         self.run("git", "add", "-A")
         self.run("git", "commit", "-qm", "Begin")
         self.output = self.run("dvc", "repro")

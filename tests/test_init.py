@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, execute
+from conftest import environment, execute, make_project
 
 DVC_YAML = """\
 # The pipeline of a project that declares as little as it can.
@@ -76,11 +76,7 @@ sort history.csv
 def folder(tmp_path: Path) -> Path:
     """A project after `dvc repro`."""
     folder = tmp_path / "project"
-    (folder / "data").mkdir(parents=True)
-    for name, text in {"dvc.yaml": DVC_YAML, "train.sh": TRAIN, "look.sh": LOOK, "data/x": "1"}.items():
-        (folder / name).write_text(text)
-    run(folder, "git", "init", "-q")
-    run(folder, "dvc", "init", "-q")
+    make_project(folder, {"dvc.yaml": DVC_YAML, "train.sh": TRAIN, "look.sh": LOOK, "data/x": "1"})
     run(folder, "dvc", "add", "-q", "data")
     run(folder, "dvc", "repro", "-q")
     return folder
