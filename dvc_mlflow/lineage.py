@@ -1,5 +1,6 @@
 """Lead from a run back to the bytes, and from bytes to the runs."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 import mlflow
+import psutil
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
@@ -156,9 +158,18 @@ def _step(*command: str) -> None:
     """Show a command and run it. Raises UserError if it fails."""
     print("+ " + shlex.join(command), flush=True)
     try:
-        done = subprocess.run(command).returncode == 0
+        process = subprocess.Popen(command)
     except FileNotFoundError:
         raise UserError(f"expected {command[0]}, found none; install it, or activate the environment") from None
+    try:
+        done = process.wait() == 0
+    except BaseException:  # a signal to this process alone: what it started would work on, in a folder that is gone
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid)
+            for one in (started, *started.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        raise
     if not done:
         raise UserError(f"`{shlex.join(command)}` failed")
 

@@ -32,6 +32,7 @@ gc.enable()
 gc.freeze()
 
 POLL_SECONDS = 0.5  # between two looks at a file of curves
+REREAD_SECONDS = 3  # how long a dvc.yaml without the stage is read again
 
 
 class Events:
@@ -58,8 +59,9 @@ class Events:
 class LiveCurves:
     """The points of the declared files, logged as the files grow."""
 
-    def __init__(self, store: Store, run_id: str, execution: Execution, resumed: bool) -> None:
-        self._store, self._run_id = store, run_id
+    def __init__(self, store: Store, run_id: str, execution: Execution, start_time: int, resumed: bool) -> None:
+        """`start_time`, in milliseconds since 1970: a file that is older, such as a kept out, is not of this run."""
+        self._store, self._run_id, self._start_time = store, run_id, start_time
         self._curves = execution.declared.curves
         self._seen: dict[Curves, tuple[int, int]] = {}
         run = store.client.get_run(run_id)
@@ -73,7 +75,7 @@ class LiveCurves:
                 try:
                     status = path.stat()
                     stamp = (status.st_mtime_ns, status.st_size)
-                    if self._seen.get(table) == stamp:
+                    if self._seen.get(table) == stamp or status.st_mtime * 1000 < self._start_time:
                         continue
                     found, _ = read_curves(table, path.read_bytes())
                 except OSError:  # it is not there yet
@@ -101,8 +103,7 @@ def record(events: Events) -> None:
     start = events.next(None)
     if not start:
         return
-    project = Project(Path.cwd())
-    address = project.find_stage(start["stage"], Path.cwd())
+    project, address = find(start["stage"])
     commands = project.stages[address].cmd
     if isinstance(commands, list) and not _is_last(commands, start["command"]):
         say("ready complete closed")  # the last command of the list makes the record
@@ -119,7 +120,7 @@ def record(events: Events) -> None:
             store.record(locked, owners.of(locked))
     git, pid = project.git(project.written()), start["pid"]
     run_id, resumed = store.begin(execution, experiment, pid, start["time"], git, live=True)
-    curves = LiveCurves(store, run_id, execution, resumed)
+    curves = LiveCurves(store, run_id, execution, start["time"], resumed)
     say("ready")
     status: str | None = None
     while status is None:
@@ -171,6 +172,22 @@ def record(events: Events) -> None:
             except (Unprovable, MissingBytes):
                 pass  # sync says so
     say("closed")
+
+
+def find(name: str) -> tuple[Project, str]:
+    """The project, and the address of the stage that DVC runs as `name`. Raises UserError.
+
+    DVC has found the stage, so it is there, unless the command is just writing dvc.yaml, as DVCLive does.
+    """
+    deadline = time.monotonic() + REREAD_SECONDS
+    while True:
+        project = Project(Path.cwd())
+        try:
+            return project, project.find_stage(name, Path.cwd())
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def begin_again(store: Store, execution: Execution, experiment: str | None, pid: int, start_time: int, git: Git) -> str:

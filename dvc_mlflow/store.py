@@ -598,7 +598,8 @@ class Store:
         """Remove a run that stands for nothing that another does not show, and its models."""
         for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'"):
             self.client.delete_logged_model(model.model_id)
-        self.client.delete_run(run_id)  # as RUNNING: if this is not reached, the next sync finds it dead
+        self.terminate(run_id, "KILLED")
+        self.client.delete_run(run_id)
 
     # Reading runs
 
@@ -666,8 +667,10 @@ class Store:
     # Runs that were left
 
     def dead(self) -> list[Run]:
-        """The runs that are RUNNING for processes of this host that are gone."""
-        return [run for run in self.search({"process.host": HOST}, "RUNNING") if not is_alive(run)]
+        """The runs of processes of this host that are gone: RUNNING ones, and those that were about to be removed."""
+        here = {"process.host": HOST}
+        left = self.search(here, "RUNNING") + self.search(here | {"restored": "true"}, "KILLED")
+        return [run for run in left if not is_alive(run)]
 
     def stale(self, hours: float) -> list[Run]:
         """The runs of other hosts that have been RUNNING for so many hours."""

@@ -269,6 +269,24 @@ def test_params_that_change_while_a_stage_is_at_work_are_not_recorded_as_its_own
     live.run("dvc-mlflow", "audit", "--all")
 
 
+def test_a_dvc_yaml_that_the_command_writes_at_the_moment_is_read_again(live: Pipeline) -> None:
+    """DVCLive adds its files to dvc.yaml while the recorder starts."""
+    live.write("fit.sh", f"cp dvc.yaml whole; : > dvc.yaml; sleep 2; cat whole > dvc.yaml\n{FIT}")
+    live.run("dvc", "repro")
+    assert live.rows() == [("fit", "FINISHED", "1")]
+
+
+def test_the_points_of_an_earlier_run_that_an_out_still_has_are_not_of_this_one(live: Pipeline) -> None:
+    """DVC leaves an out with `persist` in its place."""
+    kept = PIPELINE.replace("{{x: epoch}}", "{{x: epoch, persist: true}}")
+    live.write("dvc.yaml", kept.format(prefix="dvc-mlflow run "))
+    live.run("dvc", "repro")
+    live.write("data/x", "7.")
+    live.write("fit.sh", f"sleep 2\n{FIT}")
+    live.run("dvc", "repro")
+    assert live.rows().count(("fit", "FINISHED", "1")) == 2
+
+
 def words(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return process.cmdline()
@@ -316,10 +334,12 @@ def test_a_restore_that_is_ended_leaves_no_folder(live: Pipeline, number: signal
     while not (tmp_path / "again/history.csv").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     assert b"Traceback" not in process.communicate()[1]
     assert process.returncode == 128 + number
     assert not (tmp_path / "again").exists()
+    assert psutil.wait_procs(started, timeout=10)[1] == [], "the command works on in a folder that is gone"
 
 
 def test_two_syncs_at_once_into_a_new_file_make_one_run_of_each_execution(pipeline: Pipeline) -> None:
@@ -360,6 +380,18 @@ def test_a_stale_run_of_another_host_is_closed_by_its_age(pipeline: Pipeline) ->
     new = client.create_run(experiment.experiment_id, tags=tags).info.run_id
     assert f"closed run {old} of gone" in pipeline.run("dvc-mlflow", "sync", "--close-stale", "1")
     assert [client.get_run(run_id).info.status for run_id in (old, new)] == ["KILLED", "RUNNING"]
+
+
+def test_a_run_that_was_about_to_be_removed_is_removed_by_the_next_sync(pipeline: Pipeline) -> None:
+    pipeline.run("dvc", "repro")
+    pipeline.run("dvc-mlflow", "sync")
+    client = mlflow.MlflowClient(f"sqlite:///{pipeline.folder}/mlflow.db")
+    (fit,) = [run for run in pipeline.runs() if run.data.tags["stage"] == "fit"]
+    tags = {key: value for key, value in fit.data.tags.items() if not key.startswith("mlflow.")}
+    left = client.create_run(fit.info.experiment_id, tags=tags | {"process.created": "1.0"}).info.run_id
+    client.set_terminated(left, "KILLED")
+    assert f"closed run {left}" in pipeline.run("dvc-mlflow", "sync")
+    assert pipeline.rows() == [("fit", "FINISHED", "1"), ("score", "FINISHED", "1")]
 
 
 METRICS = {
