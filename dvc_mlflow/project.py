@@ -22,6 +22,7 @@ from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
+from dvc.repo.index import Index
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _get_cache_hash
 from dvc.utils.serialize import load_yaml
@@ -77,11 +78,16 @@ class Project:
 
     # What dvc.yaml says
 
+    @property
+    def index(self) -> Index:
+        """What DVC reads from its files."""
+        return self.repo.index
+
     @cached_property
     def stages(self) -> dict[str, PipelineStage]:
         """The stages by address, each after those that it depends on. Raises UserError if a file of DVC is damaged."""
         try:
-            graph = self.repo.index.graph
+            graph = self.index.graph
         except (DvcException, SCMError, OSError, RecursionError) as error:
             raise UserError(_unreadable(error)) from None
         from networkx import topological_sort
@@ -93,7 +99,7 @@ class Project:
         """The stages that depend on this one, directly or not, each after those that it depends on."""
         from networkx import ancestors
 
-        found = ancestors(self.repo.index.graph, self.stages[address])
+        found = ancestors(self.index.graph, self.stages[address])
         return [other for other, stage in self.stages.items() if stage in found]
 
     def address(self, stage: PipelineStage) -> str:
@@ -129,7 +135,7 @@ class Project:
 
     def declared(self, stage: PipelineStage, deps: list[str], outs: list[str]) -> Declared:
         """What dvc.yaml says of these files of a stage."""
-        index = self.repo.index
+        index = self.index
         metrics = [self.path(stage, out.def_path) for out in stage.outs if out.metric]
         plots = [self.path(stage, out.def_path) for out in stage.outs if out.plot]
         curves = []
@@ -194,7 +200,7 @@ class Project:
         """The path of each artifact of type model, by its name."""
         return {
             self._artifact_name(dvcfile, name): _join(self._folder(dvcfile), value["path"])
-            for dvcfile, values in self.repo.index._artifacts.items()
+            for dvcfile, values in self.index._artifacts.items()
             for name, value in values.items()
             if value.get("type") == "model"
         }

@@ -8,13 +8,16 @@ import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
 from dvc.dependency import ParamsDependency
+from dvc.dvcfile import PROJECT_FILE
 from dvc.exceptions import DvcException
-from dvc.stage import PipelineStage
+from dvc.repo.index import Index
+from dvc.stage import PipelineStage, Stage
 from dvc_data.hashfile.hash_info import HashInfo
 
 from dvc_mlflow.execution import Execution, inside
@@ -66,6 +69,14 @@ class Revision(Project):
         there._current, there._blobs = {}, {}
         there.commit, there._known = commit, known
         return there
+
+    @cached_property
+    def index(self) -> Index:
+        """What DVC reads from each dvc.yaml: .dvc files, of which there may be thousands, are not needed for stages."""
+        files = [posixpath.join(self.repo.root_dir, path) for path, _ in self.commit.pipeline]
+        files = [path for path in files if posixpath.basename(path) == PROJECT_FILE]
+        own = [path for path in files if not self.repo.dvcignore.is_ignored(self.repo.fs, path, ignore_subrepos=True)]
+        return Index.from_indexes(self.repo, (Index.from_file(self.repo, path) for path in sorted(own)))
 
     # When, by whom, of which code
 
@@ -136,7 +147,10 @@ class Revision(Project):
         """Whether git has these bytes, or DVC has them as the out of a stage or of a .dvc file."""
         if urlparse(path).scheme or self._makers(path):  # that a stage made it is known: else it would be Unprovable
             return True
-        for stage in self.repo.index.stages:
+        there = self._there(path)
+        if self.repo.fs.isfile(there):
+            return self._blob(path, digest) is not None
+        for stage in self._dvc_files(path):
             for out in stage.outs:
                 place = self.path(stage, out.def_path)
                 if path == place:
@@ -144,10 +158,17 @@ class Revision(Project):
                 if inside(path, place) and out.hash_info.value:
                     entries = self.entries(place, out.hash_info.value) or {}
                     return entries.get(posixpath.relpath(path, place)) == digest
-        there = self._there(path)
         if digest.endswith(".dir"):
             return self.repo.fs.isdir(there) and hash_path(there, self.repo, self.repo.fs).hash_info.value == digest
-        return self._blob(path, digest) is not None
+        return False
+
+    def _dvc_files(self, path: str) -> Iterator[Stage]:
+        """The .dvc files that may have a path or what holds it: those of its name first, then all, which takes long."""
+        for place in (path, *map(str, PurePosixPath(path).parents)):
+            file = self._there(f"{place}.dvc")
+            if self.repo.fs.isfile(file):
+                yield from Index.from_file(self.repo, file).stages
+        yield from self.repo.index.stages
 
     # Where bytes are
 
