@@ -1,4 +1,4 @@
-"""The command `dvc-mlflow`, which is `python -m dvc_mlflow` as well."""
+"""The command `dvc-mlflow`, also available as `python -m dvc_mlflow`."""
 
 import argparse
 import gc
@@ -11,54 +11,61 @@ from typing import Any
 DESCRIPTION = "MLflow as a view of what DVC ran, skipped or restored, in any pipeline."
 EXAMPLES = {
     "run": """\
-Run a stage's command, and record it while it is at work. In dvc.yaml:
+Run a stage's command and record it live.
 
-  cmd: dvc-mlflow run python train.py       the command gets all signals, and its exit code is passed on
+In dvc.yaml:
+
+  cmd: dvc-mlflow run python train.py       the command receives all signals; its exit code is passed on
   cmd: dvc-mlflow run ./prepare.sh data     any language
 
-By hand, outside `dvc repro`, the command runs as it is. With TRACKING_STRICT=1, what cannot be recorded fails.""",
+Outside `dvc repro`, the command runs unrecorded. With TRACKING_STRICT=1, a stage that cannot be recorded fails.""",
     "sync": """\
-Record each execution of dvc.lock, and of this commit's experiments, whose run is missing; close the runs of processes
-of this host that are gone. Fails if something could not be recorded.
+Record the executions in dvc.lock, and in this commit's experiments, that have no run yet.
 
-  dvc-mlflow sync                     after `dvc repro`, `dvc pull`, or an outage of MLflow
-  dvc-mlflow sync --all               all commits, branches, tags and experiments: an old project's whole history
-  dvc-mlflow sync --rev v1.0 my-exp   some of them
-  dvc-mlflow sync --all --fetch       and get the metrics and plots that are neither in git nor in the cache
-  dvc-mlflow sync --close-stale 24    and close what other hosts left RUNNING a day ago: a CI runner that is gone""",
+Also close the runs of this host's dead processes. Fails if something could not be recorded.
+
+  dvc-mlflow sync                     after `dvc repro`, `dvc pull`, or an MLflow outage
+  dvc-mlflow sync --all               all commits, branches, tags and experiments: a project's whole history
+  dvc-mlflow sync --rev v1.0 my-exp   only these
+  dvc-mlflow sync --all --fetch       also fetch metrics and plots that are neither in git nor in the cache
+  dvc-mlflow sync --close-stale 24    also close runs that other hosts, such as lost CI runners, left a day ago""",
     "init": """\
-Look at dvc.yaml and print, as a diff, what it could declare for better records: metrics that are plain outs, plots
-without x, models and data that no artifact names. No stage has to run again for it.
+Print, as a diff, what dvc.yaml could declare for better records.
 
-  dvc-mlflow init            print it
+It finds metrics that are plain outs, plots without x, and models and data without an artifact. No stage reruns for it.
+
+  dvc-mlflow init            print the diff
   dvc-mlflow init --apply    write it
-  dvc-mlflow init --live     and `dvc-mlflow run` in front of each command: DVC runs these stages again""",
+  dvc-mlflow init --live     also prefix each command with `dvc-mlflow run`: DVC reruns these stages""",
     "ui": """\
-Serve the MLflow UI of this store on loopback, and print the address of a view: the declared metrics, the params that
-vary, the best run first. If MLFLOW_TRACKING_URI names a server, print the address alone.
+Serve the MLflow UI of this store on loopback, and print the address of a view.
+
+The view shows the declared metrics and the params that vary, best run first. If MLFLOW_TRACKING_URI names a server,
+only the address is printed.
 
   dvc-mlflow ui                on http://127.0.0.1:5000
   dvc-mlflow ui --port 5001    on another port
 
-The best is the one of most accuracy or least loss, as the metric's name says, or as a stage's `meta` says:
+The metric's name (accuracy, loss) decides whether high or low is best, unless a stage's `meta` does:
 `meta: {maximize: accuracy}` or `meta: {minimize: cost}`.""",
     "audit": """\
-Compare dvc.yaml, the params, dvc.lock, the files, DVC's cache and MLflow; list each disagreement in one line. Fails if
-there is one.
+Compare dvc.yaml, the params, dvc.lock, the files, DVC's cache and MLflow.
+
+Prints one line for each disagreement; fails if there is one.
 
   dvc-mlflow audit            what dvc.lock records
-  dvc-mlflow audit --all      and every other run: is it what an execution can have been?""",
+  dvc-mlflow audit --all      also every other run: can an execution have produced it?""",
     "lineage": """\
-Lead from a run back to the bytes, and from bytes to the runs.
+Trace a run back to its bytes, and bytes to their runs.
 
   dvc-mlflow lineage RUN_ID                     what a run read and made, its commit and command
-  dvc-mlflow lineage RUN_ID --restore ../again  bring it back in a new folder, and verify every hash
-  dvc-mlflow lineage models/model.bin           the runs that made or read a file; an MD5 works, too""",
+  dvc-mlflow lineage RUN_ID --restore ../again  restore it in a new folder, and verify every hash
+  dvc-mlflow lineage models/model.bin           the runs that made or read a file; an MD5 works too""",
 }
 
 
 def main() -> None:
-    """Do what the command line says; end in one line and a non-zero exit if that fails."""
+    """Run the command line; a failure prints one line and exits non-zero."""
     if sys.argv[1:2] == ["run"] and len(sys.argv) > 2 and sys.argv[2] not in ("-h", "--help"):
         from dvc_mlflow.launcher import run
 
@@ -72,18 +79,18 @@ def main() -> None:
         for name, text in EXAMPLES.items()
     }
     of["run"].add_argument("words", nargs="+", metavar="COMMAND", help="the command and its arguments")
-    of["sync"].add_argument("--close-stale", type=float, metavar="HOURS", help="close runs of other hosts of this age")
+    of["sync"].add_argument("--close-stale", type=float, metavar="HOURS", help="close other hosts' runs of this age")
     of["sync"].add_argument("--all", action="store_true", help="record all commits, branches, tags and experiments")
     of["sync"].add_argument("--rev", nargs="+", default=[], metavar="REV", help="record these commits or experiments")
     of["sync"].add_argument(
-        "--fetch", action="store_true", help="get metrics and plots of --all or --rev from the remote"
+        "--fetch", action="store_true", help="with --all or --rev, fetch metrics and plots from the remote"
     )
-    of["init"].add_argument("--apply", action="store_true", help="write it")
-    of["init"].add_argument("--live", action="store_true", help="record stages while they are at work")
-    of["ui"].add_argument("--port", type=int, default=5000, help="of 127.0.0.1; 5000 if none is named")
+    of["init"].add_argument("--apply", action="store_true", help="write the diff")
+    of["init"].add_argument("--live", action="store_true", help="prefix commands with `dvc-mlflow run`")
+    of["ui"].add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: 5000)")
     of["audit"].add_argument("--all", action="store_true", help="check every finished run in the store")
     of["lineage"].add_argument("target", metavar="RUN_ID|FILE|MD5")
-    of["lineage"].add_argument("--restore", type=Path, metavar="DIR", help="new folder in which to bring bytes back")
+    of["lineage"].add_argument("--restore", type=Path, metavar="DIR", help="new folder to restore the run in")
     arguments = parser.parse_args()
     if arguments.command == "lineage" and arguments.restore and arguments.restore.exists():
         sys.exit(f"error: expected a new folder for --restore, found {arguments.restore}; name another")
@@ -96,7 +103,7 @@ def main() -> None:
 
 
 def _do(arguments: argparse.Namespace) -> None:
-    gc.disable()  # what is imported stays: to look through it for garbage would take a third of the time
+    gc.disable()  # imports stay alive: scanning them for garbage would take a third of the time
     from dvc_mlflow.project import Project
     from dvc_mlflow.store import Store, describe, quiet
 
@@ -134,7 +141,7 @@ def _do(arguments: argparse.Namespace) -> None:
             from dvc_mlflow.lineage import lineage
 
             lineage(store, arguments.target, arguments.restore)
-    except Exception as error:  # of DVC, the store or the user: one line for each
+    except Exception as error:  # from DVC, the store or the user: one line each
         sys.exit(f"error: {describe(error)}")
     if failed:
         sys.exit(1)

@@ -17,7 +17,7 @@ from dvc_mlflow.store import CLAIM, EXECUTION, RunFiles, Store, parent_metrics
 
 
 def audit(store: Store, everything: bool = False) -> Iterator[str]:
-    """Yield each disagreement of dvc.yaml, the params, dvc.lock, the files and MLflow, a line each."""
+    """Yield a line for each disagreement between dvc.yaml, the params, dvc.lock, the files and MLflow."""
     project = store.project
     yield from audit_files(project)
     for address in project.stages:
@@ -26,19 +26,19 @@ def audit(store: Store, everything: bool = False) -> Iterator[str]:
         except Unprovable as error:
             alone = project.locked_alone(address)
             if not (alone and store.find_alone(alone)):
-                yield f"{address}: {error}, so that it has no run; `dvc repro`"
+                yield f"{address}: {error}, so it has no run; `dvc repro`"
             continue
         if execution is None:
             continue
         run = store.find(execution)
-        if run is None:  # it may be below another run than that of its model
+        if run is None:  # it may be the child of a run other than its model's
             run = next(iter(store.search({CLAIM: execution.id}, "FINISHED")), None)
         if run is None:
-            yield f"{address}: MLflow has no finished run of what dvc.lock records; `dvc-mlflow sync`"
+            yield f"{address}: MLflow has no finished run for the execution in dvc.lock; `dvc-mlflow sync`"
             continue
         yield from (f"{address}: run {run.info.run_id}: {line}" for line in audit_run(store, run, execution))
     for run in store.dead():
-        yield f"{run.data.tags['stage']}: run {run.info.run_id}: MLflow has it RUNNING, its process is gone"
+        yield f"{run.data.tags['stage']}: run {run.info.run_id}: MLflow has it RUNNING, but its process is gone"
     if everything:
         for run in store.search({}, "FINISHED"):
             if CLAIM in run.data.tags:
@@ -47,7 +47,7 @@ def audit(store: Store, everything: bool = False) -> Iterator[str]:
 
 
 def notes(store: Store) -> Iterator[str]:
-    """Yield where other hardware made other outs of the same command, params and inputs: no disagreement, but why."""
+    """Yield notes, not disagreements: where other hardware made other outs from the same command, params and inputs."""
     for address in store.project.stages:
         try:
             execution = store.project.locked(address)
@@ -61,25 +61,25 @@ def notes(store: Store) -> Iterator[str]:
             there = _hardware(other)
             if not same_outs and here and there and here != there:
                 yield (
-                    f"{address}: run {other.info.run_id} made other bytes from the same command, params and inputs, "
+                    f"{address}: run {other.info.run_id} made different bytes from the same command, params and inputs "
                     f"on {there}; run {run.info.run_id} was on {here}"
                 )
 
 
 def _hardware(run: Run) -> str:
-    """What the run's tags say of the CPU and GPUs; "" if they say nothing."""
+    """The CPU and GPUs in the run's tags; "" if there are none."""
     return ", ".join(value for key, value in sorted(run.data.tags.items()) if key.startswith("hardware."))
 
 
 def audit_files(project: Project) -> Iterator[str]:
-    """Yield where dvc.yaml, the params or the files are not as dvc.lock says."""
+    """Yield where dvc.yaml, the params or the files differ from dvc.lock."""
     for address, stage in project.stages.items():
         execution = project.locked_alone(address)
         if execution is None:
             yield f"{address}: dvc.yaml has it, dvc.lock does not"
             continue
         if execution.cmd != one_command(stage.cmd):
-            yield f"{address}: dvc.yaml has another command than dvc.lock"
+            yield f"{address}: the command in dvc.yaml differs from dvc.lock"
         params = {}
         for dep in stage.deps:
             if isinstance(dep, ParamsDependency):
@@ -106,7 +106,7 @@ def audit_files(project: Project) -> Iterator[str]:
             found = digest_of(project, path, digest)
             if found != digest:
                 yield f"{path}: dvc.lock ({address}) has MD5 {digest}, the file {found or 'is missing'}"
-            # DVC does not read what it takes from its cache, and says nothing of this.
+            # DVC does not read what it takes from its cache, so it does not report damage.
             if path in execution.outs:
                 for cached, of in damaged(project, path, digest):
                     remove = [cached] if found == digest else [project.folder / path, cached]
@@ -117,7 +117,7 @@ def audit_files(project: Project) -> Iterator[str]:
 
 
 def digest_of(project: Project, path: str, digest: str) -> str:
-    """The hash of a file or directory as it is, read from its bytes; "" if it is missing."""
+    """The current hash of a file or directory, computed from its bytes; "" if it is missing."""
     file = project.folder / path
     if matches(file, digest):
         return digest
@@ -127,7 +127,7 @@ def digest_of(project: Project, path: str, digest: str) -> str:
 
 
 def damaged(project: Project, path: str, digest: str) -> Iterator[tuple[Path, str]]:
-    """Yield what DVC's cache has of an out under a hash that is not its own: the object, and the path that it is of."""
+    """Yield an out's objects in DVC's cache that do not match their hash: the object, and the path it belongs to."""
     for cached in project.cached(digest):
         if cached.exists() and digest.endswith(".dir"):
             entries = project.entries(path, digest)
@@ -144,18 +144,18 @@ def damaged(project: Project, path: str, digest: str) -> Iterator[tuple[Path, st
 
 
 def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]:
-    """Yield where a run is not what its execution says, or its execution not what any can have been."""
+    """Yield where a run differs from its execution, or where its execution is impossible."""
     execution = store.execution_of(run)
     if execution is None:
         yield f"its artifact {EXECUTION} cannot be read"
         return
     if execution.id != run.data.tags.get(CLAIM) or (locked and locked.id != execution.id):
-        yield f"its artifact {EXECUTION} is of another execution"
+        yield f"its artifact {EXECUTION} belongs to another execution"
         return
     for path, digest in execution.deps.items():
         for one in execution.upstream:
             if path in one.outs and one.outs[path] != digest:
-                yield f"{path}: it read {digest}, {one.stage} before it made {one.outs[path]}"
+                yield f"{path}: it read {digest}, but {one.stage} upstream made {one.outs[path]}"
     files = store.project if locked else RunFiles(store, run)
     try:
         expected = content_of(locked or execution, files)
@@ -186,7 +186,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
             yield _line(f"model {path}", found.models.get(path), paths.get(path))
     for key, values in theirs.items():
         if key not in found.metrics and key not in expected.curves and values:
-            yield f"metrics {key}: the runs below it have it, it has not"
+            yield f"metrics {key}: its child runs have it, but it does not"
     maker = execution.maker_of_model()
     if maker:
         parent_id = run.data.tags.get("mlflow.parentRunId")
@@ -196,7 +196,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
 
 
 def _of_children(store: Store, run: Run, own: set[str]) -> dict[str, list[float]]:
-    """The metrics that the runs below this one have, as this one shows them: name and values."""
+    """The metrics of this run's children, as this run shows them: name and values."""
     values: dict[str, list[float]] = {}
     if not (run.outputs and run.outputs.model_outputs):
         return values

@@ -1,7 +1,7 @@
 """An execution of a stage, as dvc.lock records it, and its content: what MLflow shows of it.
 
-The content is a function of the execution, of what dvc.yaml declares and of the bytes of the outs. `sync` writes it,
-`audit` compares it, and the live record is the same content, only earlier.
+The content is a function of the execution, the declarations in dvc.yaml and the bytes of the outs. `sync` writes it,
+`audit` compares it, and a live record is the same content, only earlier.
 """
 
 import csv
@@ -17,15 +17,15 @@ from typing import Any, Protocol
 from dvc_mlflow.text import valid_name, valid_value
 
 SMALL_BYTES = 1_000_000  # outs of at most this size are artifacts
-TABLES = (".csv", ".tsv", ".json", ".yaml", ".yml")  # files that have curves
+TABLES = (".csv", ".tsv", ".json", ".yaml", ".yml")  # files with curves
 SMALL_FILES = 100  # ... and directories of at most this many files
-MOST_METRICS = 10_000  # of a file: more are not metrics to compare
-INFINITY = 1.7976931348623157e308  # what MLflow's stores make of an infinite metric
+MOST_METRICS = 10_000  # in a file: more are not metrics to compare
+INFINITY = 1.7976931348623157e308  # MLflow's stores replace an infinite metric with this
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A plot over a whole number: the file or folder, the column of x, and those to show, all where there are none."""
+    """A plot over a whole number: the file or folder, the x column, and the columns to show (all if none)."""
 
     path: str
     x: str
@@ -34,7 +34,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Declared:
-    """What dvc.yaml says of the files of a stage. Paths are relative to the DVC project's root."""
+    """What dvc.yaml declares about a stage's files. Paths are relative to the DVC project's root."""
 
     desc: str = ""
     metrics: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Declared:
     models: Mapping[str, str] = field(default_factory=dict)  # name: path
     model_meta: Mapping[str, Any] = field(default_factory=dict)  # name: meta, with the `desc` of the artifact
     models_read: Mapping[str, str] = field(default_factory=dict)  # name: path, of the models among its deps
-    prefix: str = ""  # of its metrics on the run that made its model: several stages read that model
+    prefix: str = ""  # for its metrics on the run that made its model, if several stages read that model
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,24 @@ class Execution:
     cmd: str
     params: Mapping[str, Mapping[str, Any]]
     deps: Mapping[str, str]
-    outs: Mapping[str, str] = field(default_factory=dict)  # empty while it is at work
+    outs: Mapping[str, str] = field(default_factory=dict)  # empty while it runs
     declared: Declared = field(default_factory=Declared)
     entries: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of small directories: hashes by path
-    upstream: tuple["Execution", ...] = ()  # those that made what it read, the first ones first
+    upstream: tuple["Execution", ...] = ()  # those that made what it read, earliest first
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the outs: command, params and deps."""
+        """SHA-256 of everything that determines the outs: command, params and deps."""
         return _sha256([self.cmd, self.params, self.deps])
 
     @property
     def id(self) -> str:
-        """SHA-256 of the whole execution, with its outs and the params before it; two that are alike are one."""
+        """SHA-256 of the whole execution, with its outs and upstream params; equal ids mean the same execution."""
         before = {one.stage: one.params for one in self.upstream if one.params}
         return _sha256([self.stage, self.fingerprint, self.outs, before])
 
     def chain(self) -> Iterator["Execution"]:
-        """Those before it and itself, each with those before it."""
+        """The upstream executions and this one, each with its own upstream."""
         whole: list[Execution] = []
         for one in self.upstream:
             near = [other for other in whole if any(meet(dep, out) for dep in one.deps for out in other.outs)]
@@ -81,11 +81,11 @@ class Execution:
         yield from (*whole, self)
 
     def to_json(self) -> str:
-        """The execution, with those before it, as the artifact that the run keeps."""
+        """The execution with its upstream, as the run's artifact."""
         return json.dumps(asdict(self), indent=1, sort_keys=True, default=str)
 
     def maker_of_model(self) -> "Execution | None":
-        """The execution that made the model that this one reads; None if it reads none that a stage made."""
+        """The execution that made the model that this one reads; None if it reads no model made by a stage."""
         for path in self.declared.models_read.values():
             for other in self.chain():
                 if other is not self and any(inside(path, out) for out in other.outs):
@@ -94,7 +94,7 @@ class Execution:
 
     @classmethod
     def from_json(cls, text: str) -> "Execution":
-        """The execution of a run's artifact. Raises ValueError, TypeError or KeyError if it is no such file."""
+        """The execution in a run's artifact. Raises ValueError, TypeError or KeyError if the text is not one."""
         return cls._from_dict(json.loads(text))
 
     @classmethod
@@ -118,27 +118,27 @@ class Content:
     curves: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # by column and step
     artifacts: Mapping[str, str] = field(default_factory=dict)  # path: hash
     models: Mapping[str, str] = field(default_factory=dict)  # name: hash
-    problems: tuple[str, ...] = ()  # what cannot be shown, a line each
+    problems: tuple[str, ...] = ()  # what cannot be shown, one line each
 
 
 class Files(Protocol):
-    """Where the bytes of outs can be had."""
+    """A source of the bytes of outs."""
 
     def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
-        """A local copy, of at most so many bytes, of a file with this hash; None if there is none."""
+        """A local copy of a file with this hash, of at most `most` bytes; None if there is none."""
 
     def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
-        """The hashes of the files in a directory, by their path from it; None if they cannot be had."""
+        """The hashes of the files in a directory, by path relative to it; None if unavailable."""
 
 
 class MissingBytes(Exception):  # noqa: N818
-    """An out of which MLflow would show something is nowhere to be had."""
+    """The bytes of an out that MLflow would show are unavailable."""
 
 
 def start_of(execution: Execution, files: Files) -> Content:
-    """The part of the content that is known before the outs are: params, tags, data sets."""
+    """The part of the content that is known before the outs exist: params, tags, data sets."""
     params: dict[str, str] = {}
-    for one in (*execution.upstream, execution):  # the stage's own params come last: they win
+    for one in (*execution.upstream, execution):  # the stage's own params come last and win
         params |= {key: valid_value(value) for key, value in named_params(one).items()}
     tags = {
         "stage": execution.stage,
@@ -147,7 +147,7 @@ def start_of(execution: Execution, files: Files) -> Content:
         **{f"dvc.deps.{path}": digest for path, digest in execution.deps.items()},
     }
     datasets = {
-        valid_name(name): digest[:36]  # MLflow takes 36 characters: an MD5 of a directory
+        valid_name(name): digest[:36]  # MLflow's limit, which a directory's MD5 just fits
         for name, path in execution.declared.datasets.items()
         if (digest := _digest(execution, path, files))
     }
@@ -155,9 +155,9 @@ def start_of(execution: Execution, files: Files) -> Content:
 
 
 def content_of(execution: Execution, files: Files) -> Content:
-    """The whole content of an execution that has ended.
+    """The whole content of a finished execution.
 
-    Raises MissingBytes if a file of which MLflow would show something cannot be had.
+    Raises MissingBytes if a file that MLflow would show is unavailable.
     """
     start, declared = start_of(execution, files), execution.declared
     leaves, problems = _leaves(execution, files), list[str]()
@@ -182,7 +182,7 @@ def content_of(execution: Execution, files: Files) -> Content:
             problems += [problem] if problem else []
             for column, points in found.items():
                 curves.setdefault(curve_name(plot, table, column), {}).update(points)
-    for name in curves.keys() & metrics.keys():  # the last point says it already; another value has another name
+    for name in curves.keys() & metrics.keys():  # the last point shows it already; another value gets another name
         last = curves[name][max(curves[name])]
         value = metrics.pop(name)
         if not same(value, last):
@@ -212,7 +212,7 @@ def metric_names(execution: Execution, files: Files) -> list[str]:
 
 
 def _digest(execution: Execution, path: str, files: Files) -> str:
-    """The hash of a dep or an out, or of a file in one; "" if it is not known."""
+    """The hash of a dep or an out, or of a file in one; "" if unknown."""
     known = {**execution.deps, **execution.outs}
     if path in known:
         return known[path]
@@ -223,7 +223,7 @@ def _digest(execution: Execution, path: str, files: Files) -> str:
 
 
 def stored(value: float) -> float:
-    """The number as MLflow's stores give it back."""
+    """The number as MLflow's stores return it."""
     if value and math.isinf(value):
         return math.copysign(INFINITY, value)
     try:
@@ -233,7 +233,7 @@ def stored(value: float) -> float:
 
 
 def named_params(execution: Execution) -> dict[str, str]:
-    """The stage's own params as MLflow shows them: `key`, or `file:key` for other files than params.yaml."""
+    """The stage's own params as MLflow shows them: `key`, or `file:key` for files other than params.yaml."""
     values = {}
     for path, params in execution.params.items():
         for key, value in flatten(params).items():
@@ -254,16 +254,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def tables(plot: Curves, paths: Iterable[str]) -> Iterator[Curves]:
-    """The plot of each of these files that is the plot's, or a table in its folder."""
+    """The plot for each of these files that is the plot's own file or a table in its folder."""
     for path in paths:
         if PurePosixPath(path).suffix in TABLES and inside(path, plot.path):
             yield replace(plot, path=path)
 
 
 def curve_name(plot: Curves, table: Curves, column: str) -> str:
-    """The name of a column: its own, in a folder of tables with the table's path, as DVCLive nests it in metrics.json.
+    """A curve's name: its column; in a folder of tables with the table's path, as DVCLive nests it in metrics.json.
 
-    `train/loss.tsv` of DVCLive has the column `loss`, and metrics.json `{"train": {"loss": 0.1}}`: `train.loss`.
+    DVCLive's `train/loss.tsv` has the column `loss`, and metrics.json `{"train": {"loss": 0.1}}`: `train.loss`.
     """
     parts: list[str] = []
     if table.path != plot.path:
@@ -273,9 +273,9 @@ def curve_name(plot: Curves, table: Curves, column: str) -> str:
 
 
 def read_curves(plot: Curves, data: bytes) -> tuple[dict[str, dict[int, float]], str]:
-    """The points of each column by their x, and a line on what cannot be shown ("" if all can).
+    """The points of each column by x, and a line on what cannot be shown ("" if all can).
 
-    A last line of CSV or TSV without its end is not read: it may still be being written.
+    A last line of CSV or TSV without a newline is skipped: it may be incomplete.
     """
     suffix = PurePosixPath(plot.path).suffix
     try:
@@ -287,13 +287,13 @@ def read_curves(plot: Curves, data: bytes) -> tuple[dict[str, dict[int, float]],
             rows = _parse(plot.path, text)
             if isinstance(rows, dict):  # DVC takes the first list that it finds
                 rows = next((value for value in rows.values() if isinstance(value, list)), [])
-    except Exception as error:  # of a parser that read what may be anything
-        return {}, f"{plot.path}: expected a table, found something else ({type(error).__name__}); no curves of it"
+    except Exception as error:  # a parser may raise anything on arbitrary input
+        return {}, f"{plot.path}: expected a table, found something else ({type(error).__name__}); no curves shown"
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
         step = _number(row.get(plot.x)) if isinstance(row, dict) else None
         if step is None or step != int(step):
-            return {}, f"{plot.path}: expected a whole number as {plot.x}, found {_shown(row, plot.x)}; no curves of it"
+            return {}, f"{plot.path}: expected a whole number as {plot.x}, found {_shown(row, plot.x)}; no curves shown"
         for column in plot.columns or [key for key in row if key not in (plot.x, None)]:
             value = _number(row.get(column))
             if value is not None:
@@ -321,15 +321,15 @@ def _read_metrics(path: str, files: Files, leaves: Mapping[str, str]) -> tuple[d
         values = _parse(path, _bytes(path, files, leaves).decode())
     except MissingBytes:
         raise
-    except Exception as error:  # of a parser that read what may be anything
-        return {}, f"{path}: expected metrics, found something else ({type(error).__name__}); none of it is shown"
+    except Exception as error:  # a parser may raise anything on arbitrary input
+        return {}, f"{path}: expected metrics, found something else ({type(error).__name__}); no metrics shown"
     if isinstance(values, int | float) and not isinstance(values, bool):
         values = {PurePosixPath(path).stem: values}
     if not isinstance(values, dict):
-        return {}, f"{path}: expected a mapping of names to numbers, found {type(values).__name__}; none of it is shown"
+        return {}, f"{path}: expected a mapping of names to numbers, found {type(values).__name__}; no metrics shown"
     flat = flatten({str(key): value for key, value in values.items()})
     if len(flat) > MOST_METRICS:
-        return {}, f"{path}: expected at most {MOST_METRICS:,} metrics, found {len(flat):,}; none of it is shown"
+        return {}, f"{path}: expected at most {MOST_METRICS:,} metrics, found {len(flat):,}; no metrics shown"
     return flat, ""
 
 
@@ -347,7 +347,7 @@ def _bytes(path: str, files: Files, leaves: Mapping[str, str]) -> bytes:
 
 
 def _leaves(execution: Execution, files: Files) -> dict[str, str]:
-    """The hashes of the outs by path; of directories that something of is shown, of the files in them as well."""
+    """The hashes of the outs by path, including the files in directories of which something is shown."""
     leaves = dict(execution.outs)
     declared = execution.declared
     named = [*declared.metrics, *declared.plots, *(c.path for c in declared.curves), *declared.models.values()]
@@ -379,7 +379,7 @@ def meet(path: str, other: str) -> bool:
 
 
 def differences(one: Content, other: Content) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what differs: its name, and its value in either; None where it is not there."""
+    """Yield each difference: its name and both values, None if absent."""
     for part in ("params", "tags", "datasets", "metrics", "artifacts", "models"):
         yield from _compare(part, getattr(one, part), getattr(other, part))
     for column in sorted({*one.curves, *other.curves}):

@@ -19,22 +19,22 @@ from dvc_mlflow.store import Store, describe
 from dvc_mlflow.sync import experiments, own_executions
 from dvc_mlflow.text import UserError, one_line
 
-PIPELINE = ("dvc.yaml", "dvc.lock", "params.yaml")  # the files that say which stages there are, and what they did
+PIPELINE = ("dvc.yaml", "dvc.lock", "params.yaml")  # the files that define the stages and record what they did
 
 
 def sync_history(store: Store, revs: list[str], fetch: bool) -> Iterator[tuple[str, bool]]:
-    """Record the executions of these revisions, of all if none is named; yield lines, and whether each is a failure.
+    """Record the executions of these revisions, or of all if none is given; yield lines, and whether each is a failure.
 
-    With `fetch`, metrics and plots that are not at hand come from DVC's remote. Raises UserError if a revision is
-    unknown, or if there is no git.
+    With `fetch`, metrics and plots that are not local come from DVC's remote. Raises UserError if a revision is
+    unknown or there is no git repository.
     """
     project = store.project
     if isinstance(project.repo.scm, NoSCM):
         raise UserError("expected a git repository, found none; `dvc-mlflow sync` records what dvc.lock has")
     if _git(project, "rev-parse", "--is-shallow-repository").strip() == "true":
-        yield "this clone is shallow: older commits are not here; `git fetch --unshallow` brings them", False
+        yield "this clone is shallow: older commits are missing; `git fetch --unshallow` fetches them", False
     history, wanted = History(store, _remotes(project) if fetch else ()), None
-    own: dict[str, list[tuple[str, str]]] = {}  # of experiments, by revision: the names, each with its baseline
+    own: dict[str, list[tuple[str, str]]] = {}  # experiments by revision: name and baseline of each
     for name, rev, baseline in experiments(project):
         own.setdefault(rev, []).append((name, baseline))
     if revs:
@@ -67,12 +67,12 @@ def sync_history(store: Store, revs: list[str], fetch: bool) -> Iterator[tuple[s
 
 
 class History:
-    """What is recorded on the way through the commits, and what cannot be."""
+    """A walk through the commits: what it has recorded, and what it could not."""
 
     def __init__(self, store: Store, remotes: tuple[Any, ...]) -> None:
         self._store, self._project, self._known = store, store.project, Known(remotes)
         store.know_all()
-        self._visited: dict[object, set[str]] = {}  # by pipeline: the files whose bytes could not be had
+        self._visited: dict[object, set[str]] = {}  # by pipeline: the files whose bytes were missing
         self._owners: dict[str, Owners] = {}
         self._done: set[tuple[str, str, str | None]] = set()  # stage, execution, experiment
         self._failures: dict[tuple[str, str, str | None], tuple[str, Commit]] = {}
@@ -81,19 +81,19 @@ class History:
         self.made = 0
 
     def executions_of(self, commits: Iterable[Commit]) -> set[str]:
-        """The ids of the executions that these commits have."""
+        """The ids of these commits' executions."""
         found = set()
         for commit in commits:
             try:
                 with self._project.repo.switch(commit.rev):
                     there = Revision.of(self._project, commit, self._known)
                     found |= {one.id for address in there.stages if (one := there.locked_alone(address))}
-            except Exception:  # `visit` says so
+            except Exception:  # `visit` reports it
                 continue
         return found
 
     def visit(self, commit: Commit, wanted: set[str] | None) -> None:
-        """Record the executions of a commit, those of `wanted` alone if it is given."""
+        """Record the executions of a commit, only those in `wanted` if it is given."""
         if not any(PurePosixPath(path).name == "dvc.lock" for path, _ in commit.pipeline):
             return
         key = (commit.pipeline, commit.experiment)
@@ -109,7 +109,7 @@ class History:
                         alone = there.locked_alone(address)
                         of_baseline = owners and isinstance(found, Execution) and owners.of(found) is None
                         if of_baseline and not there.is_current(address):
-                            continue  # what the experiment did is not in its dvc.lock: no stage ran
+                            continue  # the experiment's change is not in its dvc.lock: no stage ran
                         if alone and found and (wanted is None or alone.id in wanted):
                             missing |= self._record(there, alone, found, experiment)
         except UserError as error:
@@ -127,7 +127,7 @@ class History:
     def _record(
         self, there: Revision, alone: Execution, found: Execution | Unprovable, experiment: str | None
     ) -> set[str]:
-        """Record an execution, if that was not done; return the file that is missing, if one is."""
+        """Record an execution unless it has a run; return the missing file, if there is one."""
         address, key = alone.stage, (alone.stage, alone.id, experiment)
         try:
             if isinstance(found, Unprovable):
@@ -175,7 +175,7 @@ class History:
 
 
 def tips(project: Project) -> list[str]:
-    """The commits that HEAD, branches, remote branches and tags name."""
+    """The commits that HEAD, branches, remote branches and tags point to."""
     listed = _git(
         project,
         "for-each-ref",
@@ -188,8 +188,8 @@ def tips(project: Project) -> list[str]:
 
 
 def read_commits(project: Project, tips: list[str]) -> dict[str, Commit]:
-    """All commits that lead to these, by their hash."""
-    if not tips:  # git would take HEAD
+    """These commits and all their ancestors, by hash."""
+    if not tips:  # git would default to HEAD
         return {}
     text = _git(
         project,
@@ -202,7 +202,7 @@ def read_commits(project: Project, tips: list[str]) -> dict[str, Commit]:
         header, _, changes = entry.partition("\0")
         rev, parents, seconds, author = header.split("\x1f", 3)
         words = changes.lstrip("\n").split("\0")
-        paths = dict(zip(words[1::2], words[::2], strict=False))  # of each change: its hashes, then its path
+        paths = dict(zip(words[1::2], words[::2], strict=False))  # each change: its hashes, then its path
         first = found.get(parents.split()[0]) if parents else None
         pipeline = dict(first.pipeline) if first else {}
         for path, change in paths.items():
@@ -223,7 +223,7 @@ def read_commits(project: Project, tips: list[str]) -> dict[str, Commit]:
 
 
 def _git(project: Project, *arguments: str, stdin: Iterable[str] = (), accept: int = 0) -> str:
-    """What git prints, of lines that it reads. Raises UserError if it fails."""
+    """The output of git with these lines on standard input. Raises UserError if it fails."""
     lines = "".join(f"{line}\n" for line in stdin).encode()
     try:
         return os.fsdecode(project.ask_git(*arguments, stdin=lines, accept=accept))
@@ -241,27 +241,27 @@ def _resolve(project: Project, rev: str) -> str:
 
 
 def _remotes(project: Project) -> tuple[Any, ...]:
-    """The default remote as this workspace names it, for objects of DVC 3 and of older versions."""
+    """The workspace's default remote, for objects of DVC 3 and of older versions."""
     try:
         return tuple(project.repo.cloud.get_remote_odb(None, "fetch", kind) for kind in ("md5", "md5-dos2unix"))
     except DvcException as error:
-        raise UserError(f"expected a remote of DVC for --fetch, found none: {one_line(error)}") from None
+        raise UserError(f"expected a DVC remote for --fetch, found none: {one_line(error)}") from None
 
 
 def _present(project: Project, revs: Iterable[str]) -> list[str]:
-    """Those of these commits that the clone has."""
+    """The commits among these that the clone has."""
     found = _git(project, "cat-file", "--batch-check=%(objectname) %(objecttype)", stdin=revs)
     return [line.split()[0] for line in found.splitlines() if line.endswith(" commit")]
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, MissingBytes):
-        return f"{error} is neither in git nor in DVC's cache as it was; --fetch asks the remote"
+        return f"{error} as recorded is neither in git nor in DVC's cache; --fetch asks the remote"
     return describe(error)
 
 
 def _named(commits: list[Commit]) -> str:
-    """Some of the commits, and how many there are."""
+    """The first three commits, and how many more there are."""
     shown = ", ".join(commit.short for commit in commits[:3])
     return shown if len(commits) <= 3 else f"{shown} and {len(commits) - 3} more"
 

@@ -1,4 +1,4 @@
-"""What a project's dvc.yaml could declare so that its records show more, as a diff."""
+"""A diff of what a project's dvc.yaml could declare so that its records show more."""
 
 import csv
 import difflib
@@ -19,8 +19,8 @@ from dvc_mlflow.project import Project
 
 MODELS = (".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".pkl", ".pickle", ".joblib", ".h5", ".keras")
 DATA = (".csv", ".tsv", ".parquet", ".feather", ".npz", ".npy", ".arrow", ".jsonl", ".h5", ".hdf5", ".tfrecord")
-STEPS = ("step", "epoch", "iteration", "iter", "round")  # columns that count
-MOST_BYTES = 10_000_000  # of a file that is looked at
+STEPS = ("step", "epoch", "iteration", "iter", "round")  # columns that count up
+MOST_BYTES = 10_000_000  # larger files are not inspected
 SHELL = re.compile(r"[|&;<>()`\n]|^\s*\w+=|^\s*(cd|export|source|set)\s")
 
 
@@ -41,15 +41,15 @@ def init(project: Project, live: bool, apply: bool) -> Iterator[str]:
             temporary.write_text(new, encoding="utf-8")
             temporary.replace(path)
     if not changed:
-        yield "dvc.yaml declares all that was looked for"
+        yield "dvc.yaml already declares everything that init looks for"
     elif apply:
-        yield "written; `dvc-mlflow sync` shows it in records that are made from now on"
+        yield "written; new records (`dvc-mlflow sync`) will show it"
     else:
         yield "nothing was written; `dvc-mlflow init --apply` writes it"
 
 
 def proposal(project: Project, path: Path, text: str, live: bool) -> tuple[str, list[str]]:
-    """The text of a dvc.yaml with what it could declare, and lines on what could not be changed."""
+    """The text of a dvc.yaml with the proposed declarations, and lines on what could not be changed."""
     yaml = _yaml(text)
     content = yaml.load(text)
     notes: list[str] = []
@@ -62,9 +62,7 @@ def proposal(project: Project, path: Path, text: str, live: bool) -> tuple[str, 
         _declare_metrics(definition, folder)
         _declare_steps(definition, folder)
         if live and not _prefix(definition):
-            notes.append(
-                f"`{str(definition['cmd']).splitlines()[0]}` is of a shell; put `dvc-mlflow run` into it by hand"
-            )
+            notes.append(f"`{str(definition['cmd']).splitlines()[0]}` uses shell syntax; add `dvc-mlflow run` by hand")
     for plot in content.get("plots") or []:
         if isinstance(plot, Mapping):
             _name_step(plot, path.parent)
@@ -86,7 +84,7 @@ def proposal(project: Project, path: Path, text: str, live: bool) -> tuple[str, 
 
 
 def _declare_metrics(stage: Any, folder: Path) -> None:
-    """Make metrics of the plain outs that are files of numbers."""
+    """Turn plain outs that are files of numbers into metrics."""
     for out in [*(stage.get("outs") or [])]:
         file = _path(out)
         if Path(file).suffix in (".json", ".yaml", ".yml", ".toml") and _is_metrics(folder / file):
@@ -101,7 +99,7 @@ def _is_metrics(file: Path) -> bool:
         return False
     try:
         values = PARSERS[file.suffix](file.read_text(encoding="utf-8"), str(file))
-    except Exception:  # of a parser that read what may be anything
+    except Exception:  # a parser may raise anything on arbitrary input
         return False
     if not isinstance(values, dict):
         return False
@@ -111,7 +109,7 @@ def _is_metrics(file: Path) -> bool:
 
 
 def _declare_steps(stage: Any, folder: Path) -> None:
-    """Name the x of plots that have none, and make plots of the plain outs that are tables over a step."""
+    """Set x on plots without one, and turn plain outs that are tables over a step into plots."""
     for out in [*(stage.get("outs") or [])]:
         file = _path(out)
         if step := _step(folder / file):
@@ -130,7 +128,7 @@ def _declare_steps(stage: Any, folder: Path) -> None:
 
 
 def _name_step(plot: Any, folder: Path) -> None:
-    """Give a plot its x if it has none and its files have a column that counts."""
+    """Set a plot's x if it has none and its files have a step column."""
     ((name, properties),) = plot.items()
     if properties is None or (isinstance(properties, Mapping) and "x" not in properties):
         y = (properties or {}).get("y")
@@ -140,7 +138,7 @@ def _name_step(plot: Any, folder: Path) -> None:
 
 
 def _step(file: Path) -> str:
-    """The column of a table that counts its rows in whole numbers; "" if there is none."""
+    """The column of a table that counts up in whole numbers; "" if there is none."""
     if file.suffix not in (".csv", ".tsv", ".json") or not file.is_file() or file.stat().st_size > MOST_BYTES:
         return ""
     try:
@@ -153,13 +151,13 @@ def _step(file: Path) -> str:
             values = [float(row[name]) for row in rows] if str(name).lower() in STEPS else []
             if values and values == sorted(values) and all(value == int(value) for value in values):
                 return str(name)
-    except Exception:  # of what may be anything
+    except Exception:  # the input is arbitrary
         return ""
     return ""
 
 
 def _artifacts(project: Project, path: Path) -> Iterator[tuple[str, str]]:
-    """The models and data sets of the stages of a dvc.yaml, by path from its folder, each with its type."""
+    """The models and data sets of a dvc.yaml's stages: path relative to its folder, and type."""
     index, seen = project.repo.index, set()
     read = {dep.fs_path for stage in index.stages for dep in stage.deps}
     named = {
@@ -171,7 +169,7 @@ def _artifacts(project: Project, path: Path) -> Iterator[tuple[str, str]]:
         mine = isinstance(stage, PipelineStage) and Path(stage.path) == path
         first = min((Path(one.path) for one in project.stages.values()), default=path)
         for out in stage.outs:
-            # What .dvc files have is named in the first dvc.yaml.
+            # The first dvc.yaml names what .dvc files track.
             if not (mine or (path == first and not isinstance(stage, PipelineStage))):
                 continue
             if out.metric or out.plot or out.protocol != "local":
@@ -192,7 +190,7 @@ def _artifacts(project: Project, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _prefix(stage: Any) -> bool:
-    """Put `dvc-mlflow run` in front of a stage's command, the last of a list; return whether it is there."""
+    """Prefix a stage's command, the last of a list, with `dvc-mlflow run`; return whether it has the prefix."""
     command = stage["cmd"][-1] if isinstance(stage["cmd"], list) else stage["cmd"]
     if command.startswith("dvc-mlflow run "):
         return True
@@ -210,7 +208,7 @@ def _path(out: Any) -> str:
 
 
 def _yaml(text: str) -> YAML:
-    """A YAML that writes as the text is written: its comments, quotes and indents."""
+    """A YAML that preserves the text's comments, quotes and indents."""
     yaml = YAML(typ="rt")
     yaml.preserve_quotes = True
     yaml.width = 10_000

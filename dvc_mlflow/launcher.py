@@ -1,8 +1,8 @@
 """Run a stage's command and record it: `dvc-mlflow run COMMAND…` in front of the command in dvc.yaml.
 
-Only the standard library is imported here: the recorder, a process of its own, imports DVC and MLflow while the command
-does its own imports. The command gets each signal that is sent to the launcher, and the launcher ends as it ends. If
-the launcher is killed, so is the command, and the recorder closes the run as KILLED.
+Only the standard library is imported here: the recorder, a separate process, imports DVC and MLflow while the command
+does its own imports. The launcher forwards its signals to the command, and exits as the command does. If the launcher
+is killed, so is the command, and the recorder closes the run as KILLED.
 """
 
 import ctypes
@@ -16,15 +16,15 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-END_SECONDS = 60  # how long a command that has ended waits for its record
+END_SECONDS = 60  # how long to wait for the record of a command that has ended
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-SI_KERNEL = 0x80  # Linux: from the terminal, which sends it to the command as well
+SI_KERNEL = 0x80  # Linux: from the terminal, which also sends it to the command
 PR_SET_PDEATHSIG = 1  # Linux: prctl(2)
 
 
 def run(command: Sequence[str]) -> NoReturn:
-    """Run the command, record it, and end as it ends. With TRACKING_STRICT=1, fail if it cannot be recorded."""
+    """Run the command, record it, and exit as it does. With TRACKING_STRICT=1, fail if it cannot be recorded."""
     if "DVC_STAGE" not in os.environ:  # by hand: there is no execution to record
         _execute(command)
     strict = is_strict()
@@ -38,9 +38,7 @@ def run(command: Sequence[str]) -> NoReturn:
     start = {"stage": os.environ["DVC_STAGE"], "command": list(command), "time": int(time.time() * 1000)}
     told = _tell(recorder, **start, pid=os.getpid())
     if strict and not (told and _hears(recorder, "ready", time.monotonic() + END_SECONDS)):
-        sys.exit(
-            "error: MLflow cannot record this run, and TRACKING_STRICT is set; `dvc checkout` brings the outs back"
-        )
+        sys.exit("error: MLflow cannot record this run, and TRACKING_STRICT is set; `dvc checkout` restores the outs")
     pid = _start(command)
     stopped_by, status = _wait(pid)
     code = os.waitstatus_to_exitcode(status)
@@ -56,7 +54,7 @@ def run(command: Sequence[str]) -> NoReturn:
         print(f"warning: MLflow took over {END_SECONDS} s; `dvc-mlflow sync` completes the record", file=sys.stderr)
     if strict and not recorded and code == 0:
         sys.exit("error: MLflow has not recorded this run, and TRACKING_STRICT is set")
-    if code < 0:  # by a signal: so that whoever waits sees that
+    if code < 0:  # killed by a signal: the parent must see that
         signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
         os.kill(os.getpid(), -code)
@@ -65,7 +63,7 @@ def run(command: Sequence[str]) -> NoReturn:
 
 
 def is_strict() -> bool:
-    """Whether what cannot be recorded should fail."""
+    """Whether a stage that cannot be recorded should fail."""
     return os.environ.get("TRACKING_STRICT", "") not in ("", "0", "false")
 
 
@@ -78,7 +76,7 @@ def _execute(command: Sequence[str]) -> NoReturn:
 
 
 def _start(command: Sequence[str]) -> int:
-    """Start the command, so that it does not outlive the launcher; return its process."""
+    """Start the command so that it does not outlive the launcher; return its process id."""
     launcher = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     pid = os.fork()
@@ -86,14 +84,14 @@ def _start(command: Sequence[str]) -> int:
         return pid
     if libc:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it was killed meanwhile
+        if os.getppid() != launcher:  # which was killed meanwhile
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGCHLD))
     _execute(command)
 
 
 def _wait(pid: int) -> tuple[int, int]:
-    """Wait for the command, and hand signals on to it; return the last signal that should stop it, and its status."""
+    """Wait for the command and forward signals; return the last signal meant to stop it, and its status."""
     stopped_by = 0
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -109,7 +107,7 @@ def _wait(pid: int) -> tuple[int, int]:
 
 
 def _next_signal() -> tuple[int, bool]:
-    """The next signal, and whether the terminal sent it, which then sent it to the command as well."""
+    """The next signal, and whether it came from the terminal, which also sends it to the command."""
     if hasattr(signal, "sigwaitinfo"):
         info = signal.sigwaitinfo((*FORWARDED, signal.SIGCHLD))
         return info.si_signo, info.si_code == SI_KERNEL
@@ -129,13 +127,13 @@ def _tell(recorder: subprocess.Popen[bytes], **event: object) -> bool:
 
 
 def _hears(recorder: subprocess.Popen[bytes], word: str, deadline: float) -> bool:
-    """Wait for a word of the recorder; False if it ends, or it is too late, without."""
+    """Wait for a word from the recorder; False if the recorder ends or the deadline passes first."""
     assert recorder.stdout
     said = b""
     while word.encode() not in said:
         if not select.select([recorder.stdout], [], [], max(deadline - time.monotonic(), 0))[0]:
             return False
-        more = os.read(recorder.stdout.fileno(), 1)  # no more than the word: the next one is waited for later
+        more = os.read(recorder.stdout.fileno(), 1)  # nothing after the word: the next one is read later
         if not more:
             return False
         said += more

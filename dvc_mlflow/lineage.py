@@ -1,4 +1,4 @@
-"""Lead from a run back to the bytes, and from bytes to the runs."""
+"""Trace a run back to its bytes, and bytes to their runs."""
 
 import contextlib
 import os
@@ -23,9 +23,9 @@ from dvc_mlflow.text import UserError
 
 
 def lineage(store: Store, target: str, folder: Path | None) -> None:
-    """Print what is known of a run, a file or a hash; bring a run's bytes back into a new folder if one is named.
+    """Print what is known about a run, a file or a hash; restore the run in a new folder if one is given.
 
-    Raises UserError if nothing is known, or if the bytes cannot be brought back.
+    Raises UserError if nothing is known, or if the run cannot be restored.
     """
     run = _run(store, target)
     if run:
@@ -41,7 +41,7 @@ def lineage(store: Store, target: str, folder: Path | None) -> None:
         for kind in ("outs", "deps")
     }
     if not any(users.values()):
-        raise UserError(f"expected a run id, a file or an MD5 that a run knows, found {target}")
+        raise UserError(f"expected a run id, or a file or MD5 that a run made or read, found {target}")
     print(f"md5 {digest}")
     for kind, verb in (("outs", "made by"), ("deps", "read by")):
         for run in users[kind]:
@@ -71,7 +71,7 @@ def _run(store: Store, target: str) -> Run | None:
 
 
 def show_run(store: Store, run: Run, folder: Path | None) -> None:
-    """Print what a run read and made and how to bring it back, or do that."""
+    """Print what a run read and made; restore it in `folder`, or print how to."""
     tags, execution = run.data.tags, store.execution_of(run)
     print(f"run      {run.info.run_id}  {run.info.run_name}  {run.info.status}  {_when(run)}")
     if "dvc.exp_name" in tags:
@@ -80,13 +80,13 @@ def show_run(store: Store, run: Run, folder: Path | None) -> None:
         print("record   made from dvc.lock, not by the stage itself")
     state = ", dirty: the patch is the artifact code.patch" if tags.get("git.dirty") == "true" else ", clean"
     commit = tags.get("mlflow.source.git.commit")
-    print(f"commit   {commit + state if commit else 'unknown: there was no git, or another tree'}")
+    print(f"commit   {commit + state if commit else 'unknown: no git, or other code'}")
     print(f"command  {tags.get('dvc.cmd', 'unknown: not a run of this pipeline')}")
     for kind, title in (("deps", "read"), ("outs", "made")):
         for path, digest in hashes(run, execution, kind).items():
             print(f"{title:<8} {digest}  {path}")
     if not commit or "stage" not in tags:
-        raise UserError("expected a run of a stage with its commit, found none; nothing can be brought back")
+        raise UserError("expected a stage's run with a commit, found none; it cannot be restored")
     if folder:
         restore(store, run, execution, folder)
     else:
@@ -94,7 +94,7 @@ def show_run(store: Store, run: Run, folder: Path | None) -> None:
 
 
 def _git(folder: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Ask git. Raises UserError if there is none."""
+    """Run git. Raises UserError if it is not installed."""
     try:
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
     except FileNotFoundError:
@@ -102,9 +102,9 @@ def _git(folder: str | Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def restore(store: Store, run: Run, execution: Execution | None, folder: Path) -> None:
-    """Bring the run's files back in a new folder: from DVC's cache, its remote, or by computing; compare every hash.
+    """Restore the run's files in a new folder, from DVC's cache, its remote or by rerunning; verify every hash.
 
-    Raises UserError if that fails or a hash differs. No half-made folder stays.
+    Raises UserError if that fails or a hash differs; the folder is then removed.
     """
     tags, project, commit = run.data.tags, store.project, run.data.tags["mlflow.source.git.commit"]
     top = Path(_git(project.folder, "rev-parse", "--show-toplevel").stdout.strip() or project.folder).resolve()
@@ -118,7 +118,7 @@ def restore(store: Store, run: Run, execution: Execution | None, folder: Path) -
             remote = "origin" if "origin" in remotes else remotes[0]
             _step("git", "-C", str(top), "fetch", "--quiet", "--depth", "1", remote, commit)
         _step("git", "init", "--quiet", str(folder))
-        # A clone of a shallow repository would not have all commits that it has.
+        # A clone of a shallow repository would lack some of its commits.
         _step("git", "-C", str(folder), "fetch", "--quiet", "--depth", "1", str(top), commit)
         _step("git", "-C", str(folder), "checkout", "--quiet", "--detach", commit)
         if tags.get("git.dirty") == "true":
@@ -128,12 +128,12 @@ def restore(store: Store, run: Run, execution: Execution | None, folder: Path) -
             _step("git", "-C", str(folder), "apply", *directory, f".git/{PATCH}")
         database = cache.parent.parent if cache.name == "md5" else cache
         database.mkdir(parents=True, exist_ok=True)
-        (folder / ".git" / "dvc-cache").symlink_to(database)  # DVC cannot write a path that is not ASCII
+        (folder / ".git" / "dvc-cache").symlink_to(database)  # DVC cannot write a non-ASCII path
         link = os.path.relpath(folder / ".git" / "dvc-cache", inner)
         _step("dvc", "--cd", str(inner), "cache", "dir", "--quiet", "--local", link)
         if execution:
             Project(inner).write_locks([*execution.upstream, execution])
-        # --pull asks the remote, if there is one, before it computes; what it runs is recorded in a store of its own.
+        # --pull asks the remote, if there is one, before a stage runs; what runs is recorded in a separate store.
         pull = ["--pull"] if project.repo.config["core"].get("remote") else []
         scratch = f"MLFLOW_TRACKING_URI=sqlite:///{(folder / '.git' / 'mlflow.db').absolute()}"
         _step("env", scratch, "dvc", "--cd", str(inner), "repro", *pull, tags["stage"])
@@ -148,7 +148,7 @@ def restore(store: Store, run: Run, execution: Execution | None, folder: Path) -
                 wrong += 1
                 print(f"expected {expected}  {path}, found {found or 'nothing'}", file=sys.stderr)
         if wrong:
-            raise UserError(f"{wrong} file(s) are not those of run {run.info.run_id}; {folder} was removed")
+            raise UserError(f"{wrong} file(s) differ from run {run.info.run_id}; {folder} was removed")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -163,7 +163,7 @@ def _step(*command: str) -> None:
         raise UserError(f"expected {command[0]}, found none; install it, or activate the environment") from None
     try:
         done = process.wait() == 0
-    except BaseException:  # a signal to this process alone: what it started would work on, in a folder that is gone
+    except BaseException:  # a signal to this process alone: its children would continue, in a folder that is gone
         with contextlib.suppress(psutil.NoSuchProcess):
             started = psutil.Process(process.pid)
             for one in (started, *started.children(recursive=True)):

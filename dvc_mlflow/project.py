@@ -1,4 +1,4 @@
-"""What DVC knows of a project, by its own index: stages, what they declare, what dvc.lock records, where bytes are."""
+"""What DVC's index knows about a project: stages, what they declare, what dvc.lock records, where bytes are."""
 
 import contextlib
 import copy
@@ -36,16 +36,16 @@ from dvc_mlflow.execution import Curves, Declared, Execution, inside, meet
 from dvc_mlflow.text import UserError, one_line
 
 HASHES = ("md5", "etag", "checksum", "version_id")
-OVERLOOKED = ("size", "nfiles")  # DVC's run cache takes no account of params of these names: its issue 10296
+OVERLOOKED = ("size", "nfiles")  # DVC's run cache ignores params of these names: its issue 10296
 
 
 class Unprovable(Exception):  # noqa: N818
-    """Of an execution that dvc.lock records it cannot be shown what came before it."""
+    """The history of an execution in dvc.lock cannot be proven."""
 
 
 @dataclass(frozen=True)
 class Git:
-    """The commit, whether the files differ from it and how, and who works here."""
+    """The commit, the patch from it to the files, and the author."""
 
     commit: str = ""
     patch: bytes = b""
@@ -53,7 +53,7 @@ class Git:
 
 
 class Project:
-    """The DVC project that holds a folder; `root` is where records go: of a temporary experiment, the real one."""
+    """The DVC project that contains a folder; `root` is where records go: for a temporary experiment, the real one."""
 
     def __init__(self, folder: Path) -> None:
         """Open it. Raises UserError if there is none."""
@@ -66,17 +66,17 @@ class Project:
         self._scratch = tempfile.TemporaryDirectory(prefix="dvc-mlflow-")
         self._locks: dict[str, dict[str, Any]] = {}
         self._executions: dict[str, Execution | None] = {}
-        self._opened = time.time() - 1  # seconds since 1970; some file systems keep whole ones
+        self._opened = time.time() - 1  # seconds since 1970; some file systems keep whole seconds
         self._entries: dict[str, Mapping[str, str] | None] = {}
 
     def at_this_revision(self) -> "Project":
-        """The project as it is in the commit that DVC looks at now (`repo.switch`)."""
+        """The project in the commit that DVC is switched to (`repo.switch`)."""
         there = copy.copy(self)
         there.__dict__.pop("stages", None)
         there._locks, there._executions = {}, {}
         return there
 
-    # What dvc.yaml says
+    # What dvc.yaml declares
 
     @property
     def index(self) -> Index:
@@ -85,7 +85,7 @@ class Project:
 
     @cached_property
     def stages(self) -> dict[str, PipelineStage]:
-        """The stages by address, each after those that it depends on. Raises UserError if a file of DVC is damaged."""
+        """The stages by address, in dependency order. Raises UserError if a DVC file is damaged."""
         try:
             graph = self.index.graph
         except (DvcException, SCMError, OSError, RecursionError) as error:
@@ -96,7 +96,7 @@ class Project:
         return {self.address(stage): stage for stage in ordered}
 
     def after(self, address: str) -> list[str]:
-        """The stages that depend on this one, directly or not, each after those that it depends on."""
+        """The stages that depend on this one, directly or not, in dependency order."""
         from networkx import ancestors
 
         found = ancestors(self.index.graph, self.stages[address])
@@ -122,7 +122,7 @@ class Project:
         return found[0]
 
     def path(self, stage: PipelineStage, text: str) -> str:
-        """A path or address as the stage has it, from the root of the project."""
+        """A stage's path relative to the project's root; a URL as it is."""
         if urlparse(text).scheme:
             return text
         root = Path(self.repo.root_dir).as_posix()
@@ -130,11 +130,11 @@ class Project:
         return posixpath.relpath(whole, root) if not posixpath.isabs(text) or inside(whole, root) else whole
 
     def outs(self, stage: PipelineStage) -> list[str]:
-        """Paths of all outs, metrics and plots among them."""
+        """Paths of all outs, including metrics and plots."""
         return [self.path(stage, out.def_path) for out in stage.outs]
 
     def declared(self, stage: PipelineStage, deps: list[str], outs: list[str]) -> Declared:
-        """What dvc.yaml says of these files of a stage."""
+        """What dvc.yaml declares about these files of a stage."""
         index = self.index
         metrics = [self.path(stage, out.def_path) for out in stage.outs if out.metric]
         plots = [self.path(stage, out.def_path) for out in stage.outs if out.plot]
@@ -197,7 +197,7 @@ class Project:
         return name if folder == "." else f"{folder}:{name}"
 
     def model_paths(self) -> dict[str, str]:
-        """The path of each artifact of type model, by its name."""
+        """The path of each artifact of type model, by name."""
         return {
             self._artifact_name(dvcfile, name): _join(self._folder(dvcfile), value["path"])
             for dvcfile, values in self.index._artifacts.items()
@@ -206,7 +206,7 @@ class Project:
         }
 
     def _prefix(self, stage: PipelineStage, deps: list[str]) -> str:
-        """What tells the stage's metrics from those of other stages that read the same model; "" if it is alone."""
+        """The prefix of the stage's metrics if other stages read the same model; "" if none do."""
         read = [path for path in self.model_paths().values() if path in deps]
         readers = {
             address
@@ -219,10 +219,10 @@ class Project:
     # What dvc.lock records, and what is about to run
 
     def locked(self, address: str) -> Execution | None:
-        """The execution that dvc.lock records, with those before it; None if it records none.
+        """The execution that dvc.lock records, with its upstream; None if it records none.
 
-        Raises Unprovable if what it read was made by an execution that dvc.lock no longer has, or if its own params
-        may not be those that it ran with.
+        Raises Unprovable if an execution that made one of its inputs is no longer in dvc.lock, or if it may have run
+        with other params.
         """
         own = self.locked_alone(address)
         if own is None:
@@ -231,7 +231,7 @@ class Project:
         return replace(own, upstream=self._upstream(own))
 
     def locked_alone(self, address: str) -> Execution | None:
-        """The execution that dvc.lock records, without those before it."""
+        """The execution that dvc.lock records, without its upstream."""
         stage = self.stages[address]
         if stage.path not in self._locks:
             self._locks[stage.path] = dict(stage.dvcfile.lockfile_contents.get("stages") or {})
@@ -251,7 +251,7 @@ class Project:
         return Execution(address, one_command(entry["cmd"]), params, hashes["deps"], hashes["outs"], declared)
 
     def starting(self, address: str) -> Execution:
-        """The execution that begins now. Raises Unprovable, or DvcException if a dep is missing."""
+        """The execution that starts now. Raises Unprovable, or DvcException if a dep is missing."""
         stage = self.stages[address]
         params, deps = {}, {}
         for dep in stage.deps:
@@ -265,7 +265,7 @@ class Project:
         return replace(own, upstream=self._upstream(own))
 
     def ended(self, execution: Execution) -> Execution:
-        """The execution with the hashes of its outs as they are now. Raises UserError if one is missing."""
+        """The execution with the current hashes of its outs. Raises UserError if one is missing."""
         outs = {}
         stage = self._as_now(execution.stage)
         for out in stage.outs:
@@ -275,7 +275,7 @@ class Project:
         return replace(execution, outs=outs, declared=self.declared(stage, list(execution.deps), list(outs)))
 
     def _as_now(self, address: str) -> PipelineStage:
-        """The stage as dvc.yaml has it now, which DVCLive changes while it runs; as it was if that cannot be read."""
+        """The stage in the current dvc.yaml, which DVCLive changes during a run; as it was if that cannot be read."""
         before = self.stages[address]
         if Path(before.path).stat().st_mtime < self._opened:
             return before
@@ -288,7 +288,7 @@ class Project:
             return before
 
     def add(self, execution: Execution) -> None:
-        """Take an execution as recorded, here alone: DVC writes dvc.lock when the command has ended."""
+        """Treat an execution as recorded, in memory only: DVC writes dvc.lock once the command has ended."""
         stage = self.stages[execution.stage]
         self.locked_alone(execution.stage)  # reads the lock, if nothing has yet
         self._executions.pop(execution.stage)
@@ -318,7 +318,7 @@ class Project:
             stage.dvcfile._lockfile.dump(stage)
 
     def put_back(self, address: str) -> None:
-        """Copy the outs that dvc.lock records, and that are missing, from DVC's cache to their places."""
+        """Copy missing outs that dvc.lock records from DVC's cache to their places."""
         execution = self.locked_alone(address)
         for path, digest in execution.outs.items() if execution else ():
             entries = self.entries(path, digest) if digest.endswith(".dir") else {".": digest}
@@ -347,7 +347,7 @@ class Project:
         return tuple(found.values())
 
     def _check_run_cache(self, execution: Execution) -> None:
-        """Raise Unprovable if DVC's run cache has these outs as made by other params alone."""
+        """Raise Unprovable if DVC's run cache has these outs for other params only."""
         names = sorted({name for params in execution.params.values() for name in OVERLOOKED if name in _keys(params)})
         if not names:
             return
@@ -362,16 +362,16 @@ class Project:
         ]
         if params and _plain(entry["params"]) not in params:
             raise Unprovable(
-                f"DVC took the outs of {execution.stage} from its run cache, which overlooks params named "
+                f"DVC took the outs of {execution.stage} from its run cache, which ignores params named "
                 f"{' and '.join(names)}: other values made them; rename the param"
             )
 
     def _makers(self, path: str) -> list[str]:
-        """The stages with an out that is this path, holds it, or lies in it."""
+        """The stages with an out that is this path, contains it, or is inside it."""
         return [address for address, stage in self.stages.items() if any(meet(path, out) for out in self.outs(stage))]
 
     def made(self, execution: Execution, path: str, digest: str) -> bool:
-        """Whether the execution made the bytes with this hash at this path, or all of its part of them."""
+        """Whether the execution made the bytes with this hash at this path, or its part of them."""
         for out, own in execution.outs.items():
             if out == path:
                 return own == digest
@@ -386,11 +386,11 @@ class Project:
         return False
 
     def would_skip(self, address: str) -> bool:
-        """Whether DVC would not run the stage."""
+        """Whether DVC would skip the stage."""
         return not self.stages[address].always_changed and self.is_current(address)
 
     def is_current(self, address: str) -> bool:
-        """Whether command, params and deps are as dvc.lock says."""
+        """Whether command, params and deps match dvc.lock."""
         execution = self.locked_alone(address)
         if execution is None:
             return False
@@ -403,7 +403,7 @@ class Project:
     # Where bytes are
 
     def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
-        """A local copy of the file with this hash: in the workspace, the commit that is looked at, or DVC's cache."""
+        """A local copy of the file with this hash: from the workspace, the commit being read, or DVC's cache."""
         for file in self._copies(path, digest):
             if (most is None or (file.exists() and file.stat().st_size <= most)) and matches(file, digest):
                 return file
@@ -421,11 +421,11 @@ class Project:
         yield from self.cached(digest)
 
     def cached(self, digest: str) -> list[Path]:
-        """Where DVC's local cache would have the object with this hash."""
+        """Where DVC's local cache would store the object with this hash."""
         return [Path(db.oid_to_path(digest)) for db in (self.repo.cache.local, self.repo.cache.legacy)]
 
     def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
-        """The hashes of the files in a directory with this hash, by their path from it; None if not to be had."""
+        """The hashes of the files in a directory with this hash, by path relative to it; None if unavailable."""
         if digest not in self._entries:
             self._entries[digest] = self._read_entries(path, digest)
         return self._entries[digest]
@@ -437,7 +437,7 @@ class Project:
                 try:
                     tree = Tree.load(db, HashInfo("md5", digest))
                     tree.digest()
-                except Exception:  # a damaged object, in more ways than DVC names
+                except Exception:  # a damaged object raises more than DVC's own exceptions
                     tree = None
                 if tree is not None and tree.hash_info.value != digest:
                     tree = None
@@ -450,9 +450,9 @@ class Project:
     # Git
 
     def git(self, written: list[str]) -> Git:
-        """The commit and the patch from it to the files as they are, less what DVC writes; empty without git."""
+        """The commit, and the patch from it to the current files, without those DVC writes; empty without git."""
         read = {"params.yaml"}
-        for stage in self.stages.values():  # what git does not know counts if it is a dep, or beside one
+        for stage in self.stages.values():  # untracked files count if they are deps or beside one
             read |= {self.path(stage, dep.def_path) for dep in stage.deps if not urlparse(dep.def_path).scheme}
             read.add(posixpath.relpath(Path(stage.path).as_posix(), self.folder.as_posix()))
         read |= {posixpath.dirname(path) for path in read} - {""}
@@ -475,9 +475,9 @@ class Project:
         return Git(commit, patch, self.author())
 
     def _old_index(self) -> str:
-        """A copy of git's index of a time before all files, so that git reads each of them.
+        """A copy of git's index, dated before all files, so that git reads each of them.
 
-        Else it misses a change to as many bytes within the second of the checkout, as DVC makes for an experiment.
+        Otherwise it misses a same-size change within the second of the checkout, as DVC makes for an experiment.
         """
         index = self.folder / os.fsdecode(self.ask_git("rev-parse", "--git-path", "index")).rstrip("\n")
         copy = Path(self._scratch.name) / "index"
@@ -501,7 +501,7 @@ class Project:
         return [*sorted(posixpath.relpath(lock, root) for lock in locks), *outs]
 
     def committed_params(self, execution: Execution) -> Execution | None:
-        """The execution with its params as they are in the last commit; None without git or commit."""
+        """The execution with the params of the last commit; None without git or commit."""
         from dvc.utils.serialize import PARSERS
 
         params = {}
@@ -521,16 +521,16 @@ class Project:
         return self.folder
 
     def now(self) -> int:
-        """When a record that is made now begins, in milliseconds since 1970."""
+        """The start time of a new record, in milliseconds since 1970."""
         return int(time.time() * 1000)
 
     def tags(self) -> dict[str, str]:
-        """The tags of each record that is made now."""
+        """The tags of each new record."""
         baseline = os.environ.get("DVC_EXP_BASELINE_REV")
         return {"dvc.exp_baseline_rev": baseline} if baseline else {}
 
     def ask_git(self, *arguments: str, stdin: bytes = b"", accept: int = 0, **env: str) -> bytes:
-        """What git prints in the project's folder. Raises OSError without git, CalledProcessError if it fails."""
+        """The output of git in the project's folder. Raises OSError without git, CalledProcessError if it fails."""
         command = ["git", "-C", str(self.folder), *arguments]
         result = subprocess.run(command, input=stdin, capture_output=True, env=os.environ | env)
         if result.returncode not in (0, accept):
@@ -539,7 +539,7 @@ class Project:
 
 
 class Owners:
-    """Which executions are an experiment's own: those that its baseline does not have, or all if it has them all."""
+    """Which executions belong to an experiment: those that its baseline lacks, or all if it has them all."""
 
     def __init__(self, project: Project, experiment: str | None, baseline: str | None = None) -> None:
         self.experiment = experiment
@@ -554,12 +554,12 @@ class Owners:
                         self._baseline |= {execution.id} if execution else set()
 
     def of(self, execution: Execution) -> str | None:
-        """The experiment's name if the execution is its own."""
+        """The experiment's name if the execution belongs to it."""
         return None if execution.id in self._baseline else self.experiment
 
 
 def one_command(cmd: str | list[str]) -> str:
-    """The command of a stage, or of a list each on a line of its own."""
+    """The command of a stage; a list becomes one command per line."""
     return "\n".join(cmd) if isinstance(cmd, list) else cmd
 
 
@@ -571,7 +571,7 @@ def lookup(values: Any, key: str) -> Any:
 
 
 def matches(path: Path, digest: str) -> bool:
-    """Whether a file has this MD5, as DVC computes it: of old projects, with Unix's line ends."""
+    """Whether a file has this MD5 as DVC computes it; in old projects, with Unix line endings."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -581,7 +581,7 @@ def matches(path: Path, digest: str) -> bool:
 
 
 def hash_path(path: Path | str, repo: Repo, fs: Any = None) -> Any:
-    """DVC's object of a file or directory, from its bytes: DVC itself trusts the time of the last change."""
+    """DVC's object for a file or directory, hashed from its bytes: DVC itself trusts the modification time."""
     from dvc_data.hashfile.db import HashFileDB
 
     fs = fs or LocalFileSystem()
@@ -590,18 +590,18 @@ def hash_path(path: Path | str, repo: Repo, fs: Any = None) -> Any:
 
 
 def _unreadable(error: BaseException) -> str:
-    """What DVC says of a file that it cannot read, where in it, and the cure."""
+    """One line on a file that DVC cannot read: the error, its position and the remedy."""
     said, cause = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__), error.__cause__
     while cause is not None and not hasattr(cause, "problem_mark"):
         cause = cause.__cause__
     mark = getattr(cause, "problem_mark", None)
     where = f" (line {mark.line + 1}: {one_line(getattr(cause, 'problem', ''), 100)})" if mark else ""
-    cure = "remove it, and `dvc repro` makes it again" if ".lock'" in said else "`git checkout` brings it back"
+    cure = "remove it, and `dvc repro` recreates it" if ".lock'" in said else "`git checkout` restores it"
     return f"DVC cannot read the pipeline: {said.rstrip('.:')}{where}; {cure}"
 
 
 def _tree_digest(entries: Mapping[str, str], name: str) -> str:
-    """The hash of a directory in a directory."""
+    """The hash of a subdirectory."""
     part = [
         {"md5": digest, "relpath": posixpath.relpath(path, name)}
         for path, digest in entries.items()
@@ -615,7 +615,7 @@ def _tree_digest(entries: Mapping[str, str], name: str) -> str:
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
-    """The hash of a dep or out in dvc.lock, whichever kind it is."""
+    """The hash of a dep or out in dvc.lock, of any kind."""
     for key in HASHES:
         if entry.get(key):
             return str(entry[key])
@@ -639,14 +639,14 @@ def _join(folder: str, path: str) -> str:
 
 
 def _plot_files(folder: str, plot: Any) -> Iterator[tuple[str, Curves | None]]:
-    """The files of a plot at dvc.yaml's top level, each with its curves if it has an x."""
+    """The files of a top-level plot in dvc.yaml, each with its curves if it has an x."""
     if isinstance(plot, str):
         yield _join(folder, plot), None
         return
     ((name, props),) = plot.items()
     props = props or {}
     x, y = props.get("x"), props.get("y")
-    if not isinstance(y, dict):  # the name is the file's
+    if not isinstance(y, dict):  # the plot is named for its file
         columns = tuple([y] if isinstance(y, str) else y or ())
         path = _join(folder, name)
         yield path, Curves(path, x, columns) if isinstance(x, str) else None

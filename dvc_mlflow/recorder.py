@@ -1,9 +1,9 @@
-"""The process that writes the run of a command that is at work; dvc_mlflow/launcher.py starts it.
+"""The process that records a running command; dvc_mlflow/launcher.py starts it.
 
-Reads events from standard input, a JSON object a line: the start, the status that the command ended with, and that the
-launcher has seen it succeed. Answers on standard output: `ready` when there is a run, `complete` when all is in it,
-`closed` when it has ended. If the events end early, the launcher was killed, and so is the run. If the store fails,
-says so in one line and exits with 1.
+Reads events from standard input, one JSON object a line: the start, the command's final status, and that the launcher
+has seen it succeed. Answers on standard output: `ready` when there is a run, `complete` when everything is in it,
+`closed` when it has ended. If the events end early, the launcher was killed, and the run ends as KILLED. If the store
+fails, prints one line and exits with 1.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# What is imported stays. To look through it for garbage, again and again, would take a third of the time.
+# Imports stay alive. Scanning them for garbage, again and again, would take a third of the time.
 gc.disable()
 from dvc.exceptions import DvcException
 
@@ -31,18 +31,18 @@ from dvc_mlflow.text import UserError
 gc.enable()
 gc.freeze()
 
-POLL_SECONDS = 0.5  # between two looks at a file of curves
-REREAD_SECONDS = 3  # how long a dvc.yaml without the stage is read again
+POLL_SECONDS = 0.5  # between two reads of a file of curves
+REREAD_SECONDS = 3  # how long to reread a dvc.yaml that lacks the stage
 
 
 class Events:
-    """The lines of standard input, as they come."""
+    """The lines of standard input, as they arrive."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def next(self, seconds: float | None) -> dict[str, Any] | None:
-        """The next event; {} if none comes in time, None when they have ended."""
+        """The next event; {} on timeout, None at the end of input."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while b"\n" not in self._buffer:
             rest = None if deadline is None else max(deadline - time.monotonic(), 0)
@@ -60,7 +60,7 @@ class LiveCurves:
     """The points of the declared files, logged as the files grow."""
 
     def __init__(self, store: Store, run_id: str, execution: Execution, start_time: int, resumed: bool) -> None:
-        """`start_time`, in milliseconds since 1970: a file that is older, such as a kept out, is not of this run."""
+        """`start_time`, in milliseconds since 1970: an older file, such as a kept out, does not belong to this run."""
         self._store, self._run_id, self._start_time = store, run_id, start_time
         self._curves = execution.declared.curves
         self._seen: dict[Curves, tuple[int, int]] = {}
@@ -68,7 +68,7 @@ class LiveCurves:
         self.logged = store.points(run, [*run.data.metrics]) if resumed else {}
 
     def look(self) -> None:
-        """Log the points that are new since the last look."""
+        """Log the points added since the last call."""
         for plot in self._curves:
             for table in tables(plot, self._files(plot.path)):
                 path = self._store.project.folder / table.path
@@ -91,7 +91,7 @@ class LiveCurves:
                     self._store.log_points(self._run_id, new, int(time.time() * 1000))
 
     def _files(self, path: str) -> list[str]:
-        """The file of this path, or those in this folder."""
+        """The file at this path, or the files in this folder."""
         folder = self._store.project.folder
         if not (folder / path).is_dir():
             return [path] if (folder / path).is_file() else []
@@ -99,14 +99,14 @@ class LiveCurves:
 
 
 def record(events: Events) -> None:
-    """Do what the events say, up to the end of the run."""
+    """Process the events until the run ends."""
     start = events.next(None)
     if not start:
         return
     project, address = find(start["stage"])
     commands = project.stages[address].cmd
     if isinstance(commands, list) and not _is_last(commands, start["command"]):
-        say("ready complete closed")  # the last command of the list makes the record
+        say("ready complete closed")  # the last command of the list writes the record
         return
     store = Store(project)
     experiment = os.environ.get("DVC_EXP_NAME")
@@ -144,11 +144,11 @@ def record(events: Events) -> None:
         return
     try:
         problems = store.complete(run_id, execution, curves.logged)
-    except Conflict as error:  # the run holds steps that these files do not: of an earlier attempt, or rewritten since
+    except Conflict as error:  # the run has steps that these files lack: of an earlier attempt, or rewritten since
         end(store, run_id, "KILLED", pid, tell=False)
         run_id = begin_again(store, execution, experiment, pid, start["time"], git)
         problems = store.complete(run_id, execution, {})
-        warn(f"the former points of {error} are not those of this run; it has a row of its own")
+        warn(f"the earlier points of {error} differ from this run's, which gets a row of its own")
     for problem in problems:
         warn(problem)
     say("complete")
@@ -156,28 +156,28 @@ def record(events: Events) -> None:
         end(store, run_id, "KILLED", pid)
         return
     run_id = store.publish(run_id, execution, experiment).info.run_id
-    with contextlib.suppress(DvcException, OSError):  # a dep is gone: DVC says so
+    with contextlib.suppress(DvcException, OSError):  # a dep is gone: DVC reports it
         locked = replace(project.starting(address), outs=execution.outs)  # as DVC is about to write it
         if locked.id != execution.id:
             store.mark_mistaken(run_id, locked)
-            warn(f"{mistaken(locked)}; the run shows those that it ran with")
+            warn(f"{mistaken(locked)}; the run shows the ones it started with")
             say("closed")
             return
     project.add(execution)
     for later in project.after(address):
-        if project.would_skip(later):  # DVC will not run it: this is its record
+        if project.would_skip(later):  # DVC will not run it: record it now
             try:
                 if locked := project.locked(later):
                     store.record(locked, experiment)
             except (Unprovable, MissingBytes):
-                pass  # sync says so
+                pass  # sync reports it
     say("closed")
 
 
 def find(name: str) -> tuple[Project, str]:
     """The project, and the address of the stage that DVC runs as `name`. Raises UserError.
 
-    DVC has found the stage, so it is there, unless the command is just writing dvc.yaml, as DVCLive does.
+    DVC has found the stage, so it exists, unless the command is writing dvc.yaml right now, as DVCLive does.
     """
     deadline = time.monotonic() + REREAD_SECONDS
     while True:
@@ -191,7 +191,7 @@ def find(name: str) -> tuple[Project, str]:
 
 
 def begin_again(store: Store, execution: Execution, experiment: str | None, pid: int, start_time: int, git: Git) -> str:
-    """A run beside the one that is given up, which must not be found as one to continue."""
+    """Start a run beside the abandoned one; it must not be found as one to continue."""
     run_id, resumed = store.begin(execution, experiment, pid, start_time, git, live=False)
     assert not resumed
     store.client.delete_tag(run_id, "restored")
@@ -199,12 +199,12 @@ def begin_again(store: Store, execution: Execution, experiment: str | None, pid:
 
 
 def put_back() -> None:
-    """Put the outs that DVC removed back, if nothing made new ones: the launcher will not run the command."""
+    """Restore the outs that DVC removed, unless new ones exist: the launcher will not run the command."""
     try:
         project = Project(Path.cwd())
         project.put_back(project.find_stage(os.environ["DVC_STAGE"], Path.cwd()))
-    except Exception as error:  # what the user should hear of is the first failure
-        warn(f"the outs were not put back ({describe(error)}); `dvc checkout` does it")
+    except Exception as error:  # only the first failure matters to the user
+        warn(f"the outs were not restored ({describe(error)}); `dvc checkout` restores them")
 
 
 def end(store: Store, run_id: str, status: str, pid: int, tell: bool = True) -> None:
@@ -216,7 +216,7 @@ def end(store: Store, run_id: str, status: str, pid: int, tell: bool = True) -> 
 
 
 def _is_last(commands: list[str], command: list[str]) -> bool:
-    """Whether this is the last of a list of commands, or may be."""
+    """Whether this is, or may be, the last of a list of commands."""
     import shlex
 
     def has(line: str) -> bool:
@@ -231,29 +231,29 @@ def _is_last(commands: list[str], command: list[str]) -> bool:
 
 
 def say(words: str) -> None:
-    """Tell the launcher, which may be dead by now."""
+    """Write to the launcher, which may be dead by now."""
     with contextlib.suppress(BrokenPipeError):
         os.write(1, f"{words}\n".encode())
 
 
 def warn(line: str) -> None:
-    """Tell the user one line, and go on."""
+    """Print a one-line warning and continue."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Record, and end in one line whatever happens."""
+    """Record; any failure prints one line."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when the command does
         signal.signal(number, signal.SIG_IGN)
     quiet()
     try:
         record(Events())
-    except Exception as error:  # whatever it is, the user should be told in one line
+    except Exception as error:  # of any kind: the user gets one line
         if is_strict():
             put_back()
-        warn(f"{describe(error)}; `dvc-mlflow sync` records this when it can")
+        warn(f"{describe(error)}; `dvc-mlflow sync` records this later")
         os._exit(1)
-    os._exit(0)  # Python would take 0.1 s to take MLflow apart
+    os._exit(0)  # Python would take 0.1 s to tear MLflow down
 
 
 if __name__ == "__main__":

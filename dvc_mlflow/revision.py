@@ -1,4 +1,4 @@
-"""A project as it is in one commit: its dvc.yaml and dvc.lock, the files that git has, and when and by whom."""
+"""A project in one commit: its dvc.yaml and dvc.lock, the files in git, the date and the author."""
 
 import copy
 import hashlib
@@ -26,13 +26,13 @@ from dvc_mlflow.project import Git, Project, _plain, hash_path, matches, one_com
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit of git, or the one of a DVC experiment."""
+    """A git commit, or the commit of a DVC experiment."""
 
     rev: str
-    time: int  # when its author made it, in milliseconds since 1970
+    time: int  # the author date, in milliseconds since 1970
     author: str  # Name <address>
-    pipeline: frozenset[tuple[str, str]] = frozenset()  # git's hash of each dvc.yaml and dvc.lock
-    changed: frozenset[str] = frozenset()  # the files that are not as in its first parent
+    pipeline: frozenset[tuple[str, str]] = frozenset()  # git's hash of each dvc.yaml, dvc.lock and params.yaml
+    changed: frozenset[str] = frozenset()  # the files that differ from its first parent
     experiment: str = ""  # its name
     baseline: str = ""  # of the experiment
 
@@ -43,15 +43,15 @@ class Commit:
 
 @dataclass
 class Known:
-    """What holds for all revisions: the remote to ask, what it does not have, and hashes of files."""
+    """What all revisions share: the remote to ask, what it lacks, and hashes of files."""
 
-    remotes: tuple[Any, ...] = ()  # DVC's object databases: of DVC 3, and of older versions
+    remotes: tuple[Any, ...] = ()  # DVC's object databases: for DVC 3, and for older versions
     matches: dict[tuple[str, int, int, str], bool] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
 
 
 class Revision(Project):
-    """The project in a commit, while DVC looks at it (`repo.switch`). Make it by `Revision.of`."""
+    """The project in a commit, while DVC is switched to it (`repo.switch`); made by `Revision.of`."""
 
     commit: Commit
     _known: Known
@@ -60,7 +60,7 @@ class Revision(Project):
 
     @classmethod
     def of(cls, project: Project, commit: Commit, known: Known) -> "Revision":
-        """The project in the commit that DVC looks at now."""
+        """The project in the commit that DVC is switched to."""
         there = copy.copy(project)
         there.__dict__.pop("stages", None)
         there.__class__ = cls
@@ -103,7 +103,7 @@ class Revision(Project):
         return self._read(path).decode()
 
     def code_folder(self, execution: Execution, paths: list[str]) -> Path | None:
-        """A folder with these files and folders of the commit; None if it has not the code that ran."""
+        """A folder with these files and folders of the commit; None if it lacks the code that ran."""
         if not all(self.is_current(one.stage) for one in (*execution.upstream, execution)):
             return None
         folder = Path(self._scratch.name) / self.commit.rev
@@ -119,7 +119,7 @@ class Revision(Project):
         return folder
 
     def is_current(self, address: str) -> bool:
-        """Whether the commit has the command, the params and the deps with which the stage ran."""
+        """Whether the commit has the command, params and deps that the stage ran with."""
         if address not in self._current:
             execution = self.locked_alone(address)
             self._current[address] = bool(execution and self._has(self.stages[address], execution))
@@ -145,7 +145,7 @@ class Revision(Project):
 
     def _has_dep(self, path: str, digest: str) -> bool:
         """Whether git has these bytes, or DVC has them as the out of a stage or of a .dvc file."""
-        if urlparse(path).scheme or self._makers(path):  # that a stage made it is known: else it would be Unprovable
+        if urlparse(path).scheme or self._makers(path):  # a stage is known to have made it: else it would be Unprovable
             return True
         there = self._there(path)
         if self.repo.fs.isfile(there):
@@ -175,7 +175,7 @@ class Revision(Project):
     def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
         """A local copy of the file with this hash: from git, DVC's cache, the workspace or, if asked for, the remote.
 
-        What is not declared as a metric or plot, of which `most` is given, is not fetched.
+        Files not declared as a metric or plot, for which `most` is given, are not fetched.
         """
         found = self._find(path, digest, most)
         if found is None and most is None and self._pull(path, digest):
@@ -210,7 +210,7 @@ class Revision(Project):
         return self.repo.fs.cat_file(self._there(path))
 
     def _blob(self, path: str, digest: str) -> Path | None:
-        """A copy of what the commit has at this path, if it has this hash."""
+        """A copy of the commit's file at this path, if it has this hash."""
         if path not in self._blobs:
             self._blobs[path] = self._copy_out(path)
         blob = self._blobs[path]
@@ -237,7 +237,7 @@ class Revision(Project):
         return found
 
     def _pull(self, path: str, digest: str) -> bool:
-        """Bring an object from the remote into DVC's cache, if that is asked for; return whether it came."""
+        """Fetch an object from the remote into DVC's cache, if asked for; return whether it arrived."""
         if urlparse(path).scheme or digest in self._known.absent:
             return False
         for remote in self._known.remotes:

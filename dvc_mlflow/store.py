@@ -1,4 +1,4 @@
-"""The MLflow store: runs that show executions. It decides who was first to record one; a file lock could not."""
+"""The MLflow store: runs that show executions. It decides who recorded one first, which a file lock could not."""
 
 import contextlib
 import hashlib
@@ -25,15 +25,14 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-# Before MLflow is imported. A store that does not answer is abandoned after some 8 s: `dvc-mlflow sync` makes up for
-# it.
+# Before MLflow is imported. A store that does not answer is abandoned after some 8 s; `dvc-mlflow sync` catches up.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # whatever the environment says
-os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the run that is meant
+os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the intended run
 
 import mlflow
 import mlflow.pyfunc
@@ -59,34 +58,34 @@ from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, n
 from dvc_mlflow.project import Git, Project, Unprovable, matches
 from dvc_mlflow.text import UserError, one_line, valid_name, valid_value, without_credentials
 
-# Where MLflow's database has artifact locations: table and column
+# Where MLflow's database stores artifact locations: table and column
 ARTIFACT_LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"),
 )
-PATCH = "code.patch"  # the artifact of a run of a dirty tree
-EXECUTION = "execution.json"  # the artifact that has the execution itself
-CLAIM = "dvc.execution"  # the tag by which a run says which execution it shows
-MISTAKEN = "dvc.mistaken."  # and a hash of an entry of dvc.lock that never ran: a tag of the run of what did
-CLAIM_SECONDS = 30  # how long a run that claims an execution is waited for
+PATCH = "code.patch"  # the artifact of a run from a dirty tree
+EXECUTION = "execution.json"  # the artifact with the execution itself
+CLAIM = "dvc.execution"  # the tag that names the execution a run shows
+MISTAKEN = "dvc.mistaken."  # and the hash of a dvc.lock entry that never ran: a tag of the run that did
+CLAIM_SECONDS = 30  # how long to wait for another run that claims an execution
 HOST = socket.gethostname()
 
 
 class Conflict(Exception):  # noqa: N818
-    """A run holds what this execution did not make: a step of an earlier attempt."""
+    """A run has a point that this execution did not make: a step of an earlier attempt."""
 
 
 class Store:
-    """The store that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME name, else mlflow.db in the project."""
+    """The store that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME select, else mlflow.db in the project."""
 
     def __init__(self, project: Project) -> None:
-        """Open it, and make what is missing. Raises MlflowException or another error of the store."""
+        """Open it, and create what is missing. Raises MlflowException or another error of the store."""
         self.project, root = project, project.root
         self.known: dict[str, list[Run]] | None = None  # all finished runs by execution, once `know_all` was called
-        self._mistaken: set[str] = set()  # the tags of entries of dvc.lock that never ran, once `know_all` was called
-        self._contents: dict[str, Content] = {}  # of runs that were completed here
+        self._mistaken: set[str] = set()  # the tags of dvc.lock entries that never ran, once `know_all` was called
+        self._contents: dict[str, Content] = {}  # of runs completed here
         self.problems: list[str] = []  # what could not be shown of the executions that `record` recorded
         embedded = "MLFLOW_TRACKING_URI" not in os.environ
         if embedded:
@@ -94,12 +93,12 @@ class Store:
         uri = mlflow.get_tracking_uri()
         named = re.match("sqlite:///(?!file:)([^?]+)", uri)
         database = root / "mlflow.db" if embedded else root / named[1] if named else None
-        if named and not Path(named[1]).is_absolute():  # the current folder may be deleted: an experiment's
+        if named and not Path(named[1]).is_absolute():  # an experiment's current folder may be deleted
             mlflow.set_tracking_uri(f"sqlite:///{database}{uri[named.end() :]}")
         lock = Path(f"{database}.lock") if database else root / ".dvc" / "tmp" / "dvc-mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        # Of this host alone: processes that make one SQLite file break each other's migrations, and two that
-        # continue one killed run would mix.
+        # For this host only: processes that create the same SQLite file break each other's migrations, and two that
+        # continue the same killed run would mix.
         self.lock = FileLock(lock, timeout=60)
         with self.lock:
             if database and not database.exists():
@@ -130,7 +129,7 @@ class Store:
     # Finding runs
 
     def search(self, tags: Mapping[str, str], status: str = "") -> list[Run]:
-        """All runs with these tags, and this status if one is named; the oldest first."""
+        """All runs with these tags, and this status if one is given; oldest first."""
         conditions = [f"tags.`{key}` = '{_quoted(value)}'" for key, value in tags.items()]
         conditions += [f"attributes.status = '{status}'"] if status else []
         runs: list[Run] = []
@@ -145,7 +144,7 @@ class Store:
                 return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
     def find(self, execution: Execution, experiment: str | None = None) -> Run | None:
-        """The finished run of this execution; of a DVC experiment, the one of that experiment."""
+        """The finished run of this execution; for a DVC experiment, that experiment's run."""
         if self.known is None:
             runs = self.search({CLAIM: execution.id}, "FINISHED")
         else:
@@ -158,7 +157,7 @@ class Store:
         return runs[0] if runs else None
 
     def know_all(self) -> None:
-        """Read all finished runs now, so that none need be searched; what others record later, `publish` finds."""
+        """Read all finished runs now, so that none need be searched; `publish` finds what others record later."""
         self.known = {}
         for run in self.search({}, "FINISHED"):
             self._know(run)
@@ -169,11 +168,11 @@ class Store:
             self._mistaken |= {tag for tag in run.data.tags if tag.startswith(MISTAKEN)}
 
     def find_alone(self, execution: Execution) -> Run | None:
-        """A finished run of an execution of which it is not known what came before it."""
+        """A finished run of an execution whose upstream is unknown."""
         return next((run for run, same_outs in self.alike(execution) if same_outs), None)
 
     def alike(self, execution: Execution) -> list[tuple[Run, bool]]:
-        """The finished runs of this stage's command, params and deps, each with whether it made the same outs."""
+        """The finished runs of this stage with these command, params and deps, and whether each made the same outs."""
         outs = {valid_name(f"dvc.outs.{path}"): digest for path, digest in execution.outs.items()}
         found = self.search({"stage": execution.stage, "dvc.fingerprint": execution.fingerprint}, "FINISHED")
         return [(run, outs.items() <= run.data.tags.items()) for run in found]
@@ -192,7 +191,7 @@ class Store:
         return found
 
     def unfinished(self, execution: Execution) -> Run | None:
-        """The newest run of this execution, here and in this environment, that was killed or lost."""
+        """The newest killed or lost run of this execution, on this host and in this environment."""
         tags = {"stage": execution.stage, "dvc.fingerprint": execution.fingerprint, "process.host": HOST}
         runs = self.search(tags, "KILLED") + [run for run in self.search(tags, "RUNNING") if not is_alive(run)]
         params, here = start_of(execution, self.project).params, environment_tags()
@@ -215,8 +214,8 @@ class Store:
     ) -> tuple[str, bool]:
         """Create the run of an execution, or continue a killed one; return its id, and whether it is continued.
 
-        `pid` is the process that owns the run: if that is gone, the run is dead. `start_time` in milliseconds.
-        `content` is known of an execution that has ended.
+        `pid` is the process that owns the run: once it is gone, the run is dead. `start_time` is in milliseconds.
+        `content` is given for an execution that has ended.
         """
         parent = self.parent(execution, experiment)
         start = content or start_of(execution, self.project)
@@ -241,7 +240,7 @@ class Store:
             tags["mlflow.parentRunId"] = parent.info.run_id
         what = [*([experiment] if experiment else []), *changes[:3], *(["…"] if len(changes) > 3 else [])]
         name = one_line(" ".join([execution.stage, *(what or [execution.fingerprint[:8]])]), 250)
-        first = dict(list(tags.items())[:90])  # a run is created with its tags, but not with any number of them
+        first = dict(list(tags.items())[:90])  # a run can be created with tags, but not with any number of them
         with self.lock:
             former = self.unfinished(execution) if live else None
             if former:
@@ -268,7 +267,7 @@ class Store:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Log all of it in as few calls as MLflow takes, each of 1,000 at most, 100 of them params, 100 tags."""
+        """Log everything in as few calls as MLflow allows: at most 1,000 items each, 100 of them params, 100 tags."""
         points = [*_batches(list(metrics), 800)]
         values = [*_batches([Param(key, value) for key, value in (params or {}).items()], 100)]
         named = [*_batches([RunTag(valid_name(key), valid_value(value)) for key, value in (tags or {}).items()], 100)]
@@ -282,7 +281,7 @@ class Store:
             DatasetInput(Dataset(name, digest, "local", json.dumps({"uri": paths[name]})), context)
             for name, digest in content.datasets.items()
         ]
-        for number in range(5):  # two hosts that name a new data set at once: one of them is refused
+        for number in range(5):  # if two hosts create a data set at once, one is refused
             try:
                 if inputs:
                     self.client.log_inputs(run_id, inputs)
@@ -303,9 +302,9 @@ class Store:
         logged: Mapping[str, Mapping[int, float]] | None = None,
         content: Content | None = None,
     ) -> tuple[str, ...]:
-        """Add what the run lacks of the content; `logged` are the points that it has. Returns what cannot be shown.
+        """Add the content that the run lacks; `logged` are the points that it has. Returns what cannot be shown.
 
-        Raises MissingBytes if bytes cannot be had, and Conflict if the run has points that the files do not have.
+        Raises MissingBytes if bytes are unavailable, and Conflict if the run has points that the files lack.
         """
         content = content or content_of(execution, self.project)
         run = self.client.get_run(run_id)
@@ -336,7 +335,7 @@ class Store:
         return content.problems
 
     def points(self, run: Run, columns: Iterable[str]) -> dict[str, dict[int, float]]:
-        """The points of these curves that the run has; the last one of each step."""
+        """The run's points of these curves, the last one of each step."""
         return {
             column: {point.step: point.value for point in self.client.get_metric_history(run.info.run_id, column)}
             for column in columns
@@ -362,7 +361,7 @@ class Store:
             self.client.log_artifacts(run_id, folder)
 
     def _new_metrics(self, run: Run, content: Content, model_id: str | None, timestamp: int) -> list[Metric]:
-        """The metrics that the run lacks, each of its model, or of that of the run above it, and of the data set."""
+        """The metrics that the run lacks, each linked to its model, or its parent's, and to the data set."""
         links: dict[str, Any] = {}
         if model_id is None and (parent_id := run.data.tags.get("mlflow.parentRunId")):
             model_id = self.model_id(self.client.get_run(parent_id))
@@ -386,7 +385,7 @@ class Store:
             known = self._model_ids(run_id)
             cut_off = [model for model in existing if model not in ready]
             for model in cut_off:
-                if model.model_id not in known:  # it was cut off before the run knew of it
+                if model.model_id not in known:  # it was cut off before it was linked to the run
                     self.client.delete_logged_model(model.model_id)
             again = next((model.model_id for model in cut_off if model.model_id in known), None)
             if ready:
@@ -415,7 +414,7 @@ class Store:
         tags: dict[str, str],
         folder: Path,
     ) -> str:
-        """Log a model with the code in `folder` that `meta` names, by the names of MLflow's log_model: no pickle.
+        """Log a model with the code in `folder` that `meta` names by the arguments of MLflow's log_model: no pickle.
 
         `again` is the id of the run's model that was cut off, if there is one.
         """
@@ -423,10 +422,10 @@ class Store:
         if found is None:
             raise MissingBytes(path)
         signature = meta.get("signature")
-        # MLflow takes no link that leads out of its folder; with cache.type symlink, the file is one into DVC's cache.
+        # MLflow refuses a link out of its folder; with cache.type symlink, the file is one into DVC's cache.
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(shutil.copyfile(found, Path(scratch) / Path(path).name))
-            # mlflow.pyfunc.log_model would do, but for an active run: MLflow calls it FINISHED whenever Python exits.
+            # mlflow.pyfunc.log_model needs an active run, which MLflow marks FINISHED whenever Python exits.
             info = Model.log(
                 artifact_path=None,
                 flavor=SimpleNamespace(save_model=_save_model),
@@ -451,7 +450,7 @@ class Store:
         return info.model_id
 
     def models_of(self, run_id: str, path: str) -> list[Any]:
-        """The run's logged models of a path."""
+        """The run's logged models for a path."""
         found = self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'")
         return [model for model in found if f"dvc.outs.{path}" in model.tags]
 
@@ -464,10 +463,10 @@ class Store:
         return run.outputs.model_outputs[-1].model_id if run.outputs and run.outputs.model_outputs else None
 
     def publish(self, run_id: str, execution: Execution, experiment: str | None) -> Run:
-        """End a complete run as FINISHED, or give it up for one of the same execution; return the one that stays.
+        """End a complete run as FINISHED, or drop it for another of the same execution; return the one that stays.
 
-        Each first says which execution it claims, then looks, and of those that look at once the one with the least
-        id stays. So no two can both stay, whatever the hosts, without a lock that all of them would have to reach.
+        Each run first claims its execution, then searches for rivals; of concurrent claims, the lowest run id stays.
+        So no two can both stay, on any hosts, without a lock that all of them would have to reach.
         """
         self.client.set_tag(run_id, CLAIM, execution.id)
         own = self.client.get_run(run_id)
@@ -489,7 +488,7 @@ class Store:
                 time.sleep(0.05)
             elif not ended:
                 end_time = _end_time(own)
-                self.show_on_parent(own, execution, end_time)  # a run that is FINISHED is whole
+                self.show_on_parent(own, execution, end_time)  # a FINISHED run is complete
                 self.client.set_terminated(run_id, "FINISHED", end_time)
                 ended = True
             else:
@@ -507,9 +506,9 @@ class Store:
         return named == experiment or (experiment is None and other.info.status == "FINISHED")
 
     def show_on_parent(self, run: Run, execution: Execution, end_time: int | None = None) -> None:
-        """Put the metrics of a run that read a model on the run that made it; of several such runs, the last one's.
+        """Copy the metrics of a run that read a model to the run that made it; of several such runs, the last one's.
 
-        `end_time` in milliseconds, if the run is about to end.
+        `end_time` is in milliseconds, given if the run is about to end.
         """
         parent_id = run.data.tags.get("mlflow.parentRunId")
         if not parent_id:
@@ -524,7 +523,7 @@ class Store:
         )
 
     def own_metrics(self, run: Run) -> set[str]:
-        """The names of the metrics that are of the run itself, and not of those that read its model."""
+        """The names of the run's own metrics, without those of the runs that read its model."""
         if content := self._contents.get(run.info.run_id):
             return {*content.metrics, *content.curves}
         children = self.search({"mlflow.parentRunId": run.info.run_id}, "FINISHED")
@@ -538,9 +537,9 @@ class Store:
         return {*content.metrics, *content.curves} if content else set(run.data.metrics) - theirs
 
     def record(self, execution: Execution, experiment: str | None = None) -> tuple[Run, bool]:
-        """Make the run of an execution that has ended, if it is missing; return it, and whether it was made.
+        """Create the run of a finished execution if it is missing; return it, and whether it was created.
 
-        Raises MissingBytes or Unprovable if it cannot be made.
+        Raises MissingBytes or Unprovable if it cannot be created.
         """
         if found := self.find(execution, experiment):
             self.show_on_parent(found, execution)
@@ -554,10 +553,10 @@ class Store:
             return self._make(execution, experiment, content), True
 
     def _make(self, execution: Execution, experiment: str | None, content: Content) -> Run:
-        """Make the run of an execution that has ended, from one that was killed, if there is one."""
+        """Create the run of a finished execution, continuing a killed run if there is one."""
         git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
         git = git if git.commit else Git(author=self.project.author())
-        # What is of another commit is not what was killed here.
+        # An execution in another commit is not the one that was killed here.
         former = None if experiment or "commit" in self.project.tags() else self.unfinished(execution)
         if former:
             run_id = former.info.run_id
@@ -565,7 +564,7 @@ class Store:
                 self.complete(run_id, execution)
                 self.client.set_tag(run_id, "restored", "true")
                 return self.publish(run_id, execution, experiment)
-            except Conflict:  # it was of an attempt that made other numbers
+            except Conflict:  # it belongs to an attempt with other numbers
                 self.terminate(run_id, "KILLED")
         run_id, _ = self.begin(execution, experiment, os.getpid(), self.project.now(), git, False, content)
         try:
@@ -577,25 +576,25 @@ class Store:
             raise
 
     def mark_mistaken(self, run_id: str, execution: Execution) -> None:
-        """Note on the run of what ran that dvc.lock will have this execution in its place."""
+        """Tag the run of what ran: dvc.lock will have this execution in its place."""
         self.client.set_tag(run_id, _mistaken_tag(execution), "true")
 
     def _is_mistaken(self, execution: Execution) -> bool:
-        """Whether dvc.lock has this execution in the place of one that ran, and it never ran itself."""
+        """Whether this execution never ran, and is in dvc.lock in place of one that did."""
         tag = _mistaken_tag(execution)
         marked = bool(self.search({tag: "true"})) if self.known is None else tag in self._mistaken
         return marked and not self.find_alone(execution)
 
     def _is_of_this_tree(self, execution: Execution) -> bool:
-        """Whether the stage, and those before it, would run now as they ran."""
+        """Whether the stage and its upstream would run now as they did."""
         return all(self.project.is_current(one.stage) for one in (*execution.upstream, execution))
 
     def terminate(self, run_id: str, status: str) -> None:
-        """End a run now or, if the clock was set back to before its start, at its start; a past one at its start."""
+        """End a run now, or at its start if the clock was set back before that or the run is a past one."""
         self.client.set_terminated(run_id, status, _end_time(self.client.get_run(run_id)))
 
     def discard(self, run_id: str) -> None:
-        """Remove a run that stands for nothing that another does not show, and its models."""
+        """Remove a redundant run and its models."""
         for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'"):
             self.client.delete_logged_model(model.model_id)
         self.terminate(run_id, "KILLED")
@@ -604,7 +603,7 @@ class Store:
     # Reading runs
 
     def execution_of(self, run: Run) -> Execution | None:
-        """The execution that the run keeps; None if it has none that can be read."""
+        """The execution in the run's artifact; None if it is missing or unreadable."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 path = self.client.download_artifacts(run.info.run_id, EXECUTION, folder)
@@ -613,7 +612,7 @@ class Store:
                 return None
 
     def read(self, run: Run, expected: Content) -> Content:
-        """The content that a run has, of the kinds that are expected of it."""
+        """The run's content, of the kinds expected of it."""
         tags = run.data.tags
         kept = {key: value for key, value in tags.items() if key in expected.tags or _is_hash(key)}
         inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -633,7 +632,7 @@ class Store:
         )
 
     def _model_digest(self, model: Any, key: str, digest: str) -> str:
-        """The hash of the model that MLflow has, if it has its bytes, else the one that it names."""
+        """The hash of the model's bytes in MLflow if it has them, else the hash that it names."""
         name = Path(key.removeprefix("dvc.outs.")).name
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -664,22 +663,22 @@ class Store:
         finally:
             self.project = before
 
-    # Runs that were left
+    # Abandoned runs
 
     def dead(self) -> list[Run]:
-        """The runs of processes of this host that are gone: RUNNING ones, and those that were about to be removed."""
+        """The runs of this host whose processes are gone: RUNNING ones, and those that were about to be removed."""
         here = {"process.host": HOST}
         left = self.search(here, "RUNNING") + self.search(here | {"restored": "true"}, "KILLED")
         return [run for run in left if not is_alive(run)]
 
     def stale(self, hours: float) -> list[Run]:
-        """The runs of other hosts that have been RUNNING for so many hours."""
+        """The runs of other hosts that have been RUNNING for this many hours."""
         before = (time.time() - hours * 3600) * 1000
         runs = [run for run in self.search({}, "RUNNING") if "process.host" in run.data.tags]
         return [run for run in runs if run.data.tags["process.host"] != HOST and run.info.start_time < before]
 
     def close(self, run: Run) -> None:
-        """End a run that was left: as KILLED, or remove it if it only restored what another can restore."""
+        """End an abandoned run as KILLED, or remove it if it only restored a record, which another run can do."""
         if run.data.tags.get("restored") == "true":
             self.discard(run.info.run_id)
         else:
@@ -687,7 +686,7 @@ class Store:
 
 
 class RunFiles:
-    """The bytes of outs that a run has as its artifacts."""
+    """The bytes of outs among a run's artifacts."""
 
     def __init__(self, store: Store, run: Run) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -696,19 +695,19 @@ class RunFiles:
         self._entries = execution.entries if execution else {}
 
     def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
-        """The artifact of this path if it has this hash."""
+        """The artifact at this path if it has this hash."""
         file = Path(self._folder.name) / path
         return file if matches(file, digest) and (most is None or file.stat().st_size <= most) else None
 
     def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
-        """The hashes of the files in a directory, as the execution has them."""
+        """The hashes of the files in a directory, as the execution records them."""
         return self._entries.get(path)
 
 
 def parent_metrics(execution: Execution, content: Content, own: set[str]) -> dict[str, float]:
     """The metrics of an execution that read a model, as the run that made the model shows them.
 
-    Those that are nested in a metrics file, such as each class's, stay with the execution alone.
+    Metrics nested in a metrics file, such as those of each class, stay with the execution alone.
     """
     shown = {}
     for key, value in content.metrics.items():
@@ -720,9 +719,9 @@ def parent_metrics(execution: Execution, content: Content, own: set[str]) -> dic
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Let a signal that ends this process wait for the end of the block, but not a second one.
+    """Delay a signal that ends this process until the end of the block, but not a second signal.
 
-    A transaction that is interrupted keeps SQLite's file locked, even for the same process: it could not clean up.
+    An interrupted transaction keeps the SQLite file locked, even for this process, which then could not clean up.
     """
     caught: list[int] = []
     former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -746,18 +745,18 @@ def interrupts_held() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Keep the notes of MLflow and its libraries from standard error: a command's output is about the command."""
+    """Keep log messages of MLflow and its libraries off standard error: a command's output is about the command."""
     for name in ("mlflow", "alembic", "urllib3", "dvc", "dvc_data", "dvc_objects"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised anyway
     warnings.showwarning = lambda *_, **__: None  # MLflow resets filters
 
 
 def describe(error: BaseException) -> str:
-    """One line on an error: the user's, the store's with its first cause, or a defect of this package."""
+    """One line on an error: the user's, the store's with its root cause, or a defect in this package."""
     if isinstance(error, UserError | Unprovable):
         return str(error)
     if isinstance(error, MissingBytes):
-        return f"{error} is not as in dvc.lock, nor in DVC's cache; `dvc checkout` or `dvc pull` first"
+        return f"{error} does not match dvc.lock and is not in DVC's cache; `dvc checkout` or `dvc pull` first"
     cause = error
     while deeper := cause.__cause__ or cause.__context__:
         cause = deeper
@@ -775,10 +774,10 @@ def describe(error: BaseException) -> str:
 
 
 def mistaken(execution: Execution) -> str:
-    """One line on an execution in dvc.lock that never was."""
+    """One line on an execution in dvc.lock that never ran."""
     return (
-        f"params or deps of {execution.stage} changed while it was at work, and dvc.lock has them as they were at its "
-        f"end; `dvc repro --force {execution.stage}`"
+        f"params or deps of {execution.stage} changed while it was running, and dvc.lock has the changed ones; "
+        f"`dvc repro --force {execution.stage}`"
     )
 
 
@@ -797,16 +796,16 @@ def experiment_name(project: Project) -> str:
 
 
 def sqlite_address(path: Path) -> str:
-    """The address of an SQLite database: in one, % begins an escape and ? ends the path."""
+    """The URI of an SQLite database, in which % starts an escape and ? ends the path."""
     escaped = str(path).replace("%", "%25").replace("?", "%3F")
-    # Without the driver's name, MLflow would make a folder of the escaped name.
+    # Without the driver's name, MLflow would create a folder with the escaped name.
     return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
 
 
 def create_database(path: Path) -> None:
-    """Create an SQLite database with MLflow's tables, whole or not at all: MLflow opens none that was cut off.
+    """Create an SQLite database with MLflow's tables, whole or not at all: MLflow cannot open a partial one.
 
-    MLflow's migrations write it some fifty times: in memory, that takes 0.35 s instead of 0.55.
+    MLflow's migrations write it some fifty times: in memory, that takes 0.35 s instead of 0.55 s.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -818,13 +817,13 @@ def create_database(path: Path) -> None:
 
 
 def move_artifacts(database: Path, former: str, current: str) -> None:
-    """Correct the artifact locations, which MLflow keeps whole, of a project that was moved or copied.
+    """Correct the artifact locations, which MLflow stores as absolute, of a project that was moved or copied.
 
-    `former` and `current` are the URIs of the folder mlartifacts; what lies elsewhere stays as it is.
+    `former` and `current` are the URIs of the folder mlartifacts; locations elsewhere stay as they are.
     """
     if former == current:
         return
-    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:  # all of it or nothing
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:  # all or nothing
         for table, column in ARTIFACT_LOCATIONS:
             connection.execute(
                 f"UPDATE {table} SET {column} = :current || substr({column}, length(:former) + 1) "
@@ -834,7 +833,7 @@ def move_artifacts(database: Path, former: str, current: str) -> None:
 
 
 def environment_tags() -> dict[str, str]:
-    """The versions that a run is of: Python, DVC, MLflow, and a hash of all packages that are installed."""
+    """The versions that a run uses: Python, DVC, MLflow, and a hash of all installed packages."""
     packages = set()
     for folder in sys.path:
         with contextlib.suppress(OSError):
@@ -845,7 +844,7 @@ def environment_tags() -> dict[str, str]:
 
 
 def hardware_tags() -> dict[str, str]:
-    """What bits may depend on beside versions: the CPU's model and instruction set, each GPU and its driver."""
+    """What bits may depend on besides versions: the CPU's model and instruction set, each GPU and its driver."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -857,7 +856,7 @@ def hardware_tags() -> dict[str, str]:
         "hardware.cpu": cpu.get("model name") or platform.processor() or "unknown",
         "hardware.instruction_set": " ".join([platform.machine(), *vectors[:1]]),
     }
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # there is none, or it hangs
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # there is no nvidia-smi, or it hangs
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         shown = subprocess.run(query, capture_output=True, text=True, timeout=3, check=True).stdout
         if gpus := [", driver ".join(line.split(", ")) for line in shown.splitlines()]:
@@ -866,7 +865,7 @@ def hardware_tags() -> dict[str, str]:
 
 
 def changed_params(project: Project, execution: Execution) -> list[str]:
-    """The params that are not as they are in the last commit, as `key=value`; those of the stage without its name."""
+    """The params that differ from the last commit, as `key=value`; the stage's own without its name."""
     committed = project.committed_params(execution)
     if committed is None:
         return []
@@ -877,36 +876,36 @@ def changed_params(project: Project, execution: Execution) -> list[str]:
 
 
 def source_of(execution: Execution) -> str:
-    """The stage with the file that has it, in DVC's own notation: `dvc.yaml:train`."""
+    """The stage with its file, in DVC's notation: `dvc.yaml:train`."""
     return execution.stage if ":" in execution.stage else f"dvc.yaml:{execution.stage}"
 
 
 def note(execution: Execution, changes: list[str]) -> str:
-    """The description that the run's page shows, in Markdown."""
+    """The description on the run's page, in Markdown."""
     params = f"Params: as committed{', but ' + ', '.join(changes) if changes else ''}."
     lines = [execution.declared.desc or execution.stage, params, "`dvc-mlflow lineage RUN_ID` brings its bytes back."]
     return "\n\n".join(lines)
 
 
 def valid_model_name(name: str, digest: str) -> str:
-    """A name that MLflow takes for a model: without / : . % and quotes."""
+    """A model name that MLflow accepts: without / : . % and quotes."""
     return re.sub(r"[^\w-]", "-", name) + f"-{digest[:8]}"
 
 
 def process_tags(pid: int) -> dict[str, str]:
-    """The owner of a run: host, process, and when that process began; "" if it is gone."""
+    """The owner of a run: host, process, and when that process started; "" if it is gone."""
     created = ""
     with contextlib.suppress(psutil.NoSuchProcess):
-        # Setting the clock must not make it another process. Linux has the start in time since boot, to which psutil
-        # adds the time of the boot, which moves with the clock; macOS keeps the time of day that it was.
+        # Setting the clock must not make it another process. Linux keeps the start as time since boot, to which psutil
+        # adds the time of the boot, which moves with the clock; macOS keeps the original time of day.
         process = psutil.Process(pid)
-        if process.status() != psutil.STATUS_ZOMBIE:  # killed; its new parent may take its time, or for ever
+        if process.status() != psutil.STATUS_ZOMBIE:  # killed; its new parent may reap it late or never
             created = f"{process.create_time() - (psutil.boot_time() if psutil.LINUX else 0):.2f}"
     return {"process.host": HOST, "process.pid": str(pid), "process.created": created}
 
 
 def is_alive(run: Run) -> bool:
-    """Whether the run's process may still be at work; one of another host always may."""
+    """Whether the run's process may still be running; on another host it always may."""
     tags = run.data.tags
     if tags.get("process.host") != HOST:
         return True
@@ -915,12 +914,12 @@ def is_alive(run: Run) -> bool:
 
 
 def _end_time(run: Run) -> int:
-    """When a run that ends now ends, in milliseconds since 1970: not before its start, which is all of a past one."""
+    """The end time of a run that ends now, in milliseconds since 1970: not before its start; its start if past."""
     return max(run.info.start_time, 0 if "commit" in run.data.tags else int(time.time() * 1000))
 
 
 def _save_model(validate_serving_input: bool, **arguments: Any) -> None:
-    """Pyfunc's save_model. Model.log alone reads the flag: to serve an example here would import the model's code."""
+    """Pyfunc's save_model. Only Model.log reads the flag: serving an example here would import the model's code."""
     mlflow.pyfunc.save_model(**arguments)
 
 
@@ -930,7 +929,7 @@ def _code_of(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _pinned(package: str) -> str:
-    """The requirement with the version that is installed, if it names none."""
+    """The requirement, pinned to the installed version if it names none."""
     if not re.fullmatch(r"[\w.-]+", package):
         return package
     try:
@@ -940,7 +939,7 @@ def _pinned(package: str) -> str:
 
 
 def _mistaken_tag(execution: Execution) -> str:
-    """The tag that says that this entry of dvc.lock is mistaken, whatever came before it."""
+    """The tag that marks this entry of dvc.lock as mistaken, whatever its upstream."""
     return f"{MISTAKEN}{replace(execution, upstream=()).id}"
 
 

@@ -12,7 +12,7 @@ from dvc_mlflow.text import one_line
 
 
 def sync(store: Store) -> Iterator[tuple[str, bool]]:
-    """Record what the workspace and the experiments of this commit are; yield lines, and whether each is a failure."""
+    """Record the workspace and the experiments of this commit; yield lines, and whether each is a failure."""
     yield from record_all(store, store.project, None, "")
     for name, rev, baseline in experiments(store.project):
         if baseline != store.project.repo.scm.get_rev():
@@ -25,7 +25,7 @@ def sync(store: Store) -> Iterator[tuple[str, bool]]:
 
 
 def close_left(store: Store, close_stale: float | None) -> Iterator[tuple[str, bool]]:
-    """Close the runs of processes of this host that are gone, and those of other hosts that are so many hours old."""
+    """Close this host's runs whose processes are gone, and other hosts' runs that are `close_stale` hours old."""
     for run in store.dead():
         store.close(run)
         yield f"closed run {run.info.run_id}, whose process is gone", False
@@ -35,7 +35,7 @@ def close_left(store: Store, close_stale: float | None) -> Iterator[tuple[str, b
 
 
 def record_all(store: Store, project: Project, owners: Owners | None, label: str) -> Iterator[tuple[str, bool]]:
-    """Record the executions of the locks of a project, in order."""
+    """Record the executions in a project's lock files, in order."""
     for address, found, experiment in own_executions(project, owners):
         if found is None:
             yield f"{address}: not run yet", False
@@ -61,9 +61,9 @@ def record_all(store: Store, project: Project, owners: Owners | None, label: str
 def own_executions(
     project: Project, owners: Owners | None
 ) -> Iterator[tuple[str, Execution | Unprovable | None, str | None]]:
-    """The stages in order, each with what dvc.lock says and the experiment that owns it; not what a baseline has.
+    """The stages in order, each with its execution in dvc.lock and the experiment that owns it; not the baseline's.
 
-    Without `owners`, stages that dvc.lock does not have are among them.
+    Without `owners`, they include stages that dvc.lock lacks.
     """
     found: dict[str, Execution | Unprovable | None] = {}
     for address in project.stages:

@@ -1,4 +1,4 @@
-"""The MLflow UI of the store, opened in a view of what there is to compare."""
+"""The MLflow UI of the store, opened in a view for comparing runs."""
 
 import base64
 import json
@@ -20,13 +20,13 @@ from dvc_mlflow.text import VALUE_LENGTH, without_credentials
 
 VIEW = "dvc-mlflow"  # the key of the saved view
 NOT_CHILDREN = "tags.`mlflow.parentRunId` IS NULL"
-MOST_COLUMNS = 20  # of metrics, and of params
+MOST_COLUMNS = 20  # for metrics, and for params
 HIGHER = r"accuracy|acc$|auc|auroc|f1|f_score|precision|recall|r2|map\d*$|bleu|rouge|iou|dice|score|reward|correct"
 LOWER = r"loss|error|err$|mse|mae|mape|perplexity|ppl|ece|wer|cer|rmse|nll|brier|distance"
 
 
 def ui(store: Store, port: int) -> None:
-    """Print the address of a view of the runs; unless a server serves them already, become one, on loopback.
+    """Print the address of a view of the runs; unless a server serves them already, serve them on loopback.
 
     Does not return if it serves.
     """
@@ -38,8 +38,8 @@ def ui(store: Store, port: int) -> None:
     print(f"{base}/#/experiments/{store.experiment_id}/runs?{query}", flush=True)
     if served:
         return
-    # One worker, and none of the processes for jobs, which only GenAI has: a sixth of the memory, half of the wait.
-    # The address may hold a password, which a command line would show to all users.
+    # One worker and no job processes, which only GenAI uses: a sixth of the memory, half of the wait.
+    # The URI may contain a password, which a command line would show to all users.
     env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
     env.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -47,24 +47,24 @@ def ui(store: Store, port: int) -> None:
 
 
 def save_view(store: Store) -> None:
-    """Keep the view as a tag of the experiment, where MLflow's UI has its saved views."""
+    """Store the view as a tag of the experiment, where MLflow's UI keeps its saved views."""
     now = int(time.time() * 1000)
     for most in (MOST_COLUMNS, MOST_COLUMNS // 2, MOST_COLUMNS // 4):
         state = json.dumps(view(store, most), separators=(",", ":"))
         packed = "deflate;" + base64.b64encode(zlib.compress(state.encode(), 9)).decode()
         value = json.dumps({"name": "dvc-mlflow", "createdAt": now, "updatedAt": now, "state": packed})
-        if len(value) <= VALUE_LENGTH:  # of columns with very long names, fewer
+        if len(value) <= VALUE_LENGTH:  # fewer columns if their names are very long
             break
     store.client.set_experiment_tag(store.experiment_id, f"mlflow.sharedViewState.{VIEW}", value)
 
 
 def view(store: Store, most: int) -> dict[str, Any]:
-    """The state of MLflow's table of runs: `most` metrics and params as columns, and the best run first if known."""
+    """The state of MLflow's table of runs: at most `most` metrics and `most` params, the best run first if known."""
     metrics, best = columns(store)
     runs = store.client.search_runs(
         [store.experiment_id], f"{NOT_CHILDREN} and attributes.status = 'FINISHED'", max_results=1000
     )
-    if not metrics:  # the bytes are not at hand: what the rows have
+    if not metrics:  # the bytes are unavailable: use what the rows have
         metrics = sorted({key for run in runs for key in run.data.metrics if "." not in key})
     shown = [f"metrics.`{name}`" for name in metrics[:most]]
     shown += [f"params.`{name}`" for name in varying(list(runs))[:most]]
@@ -73,9 +73,9 @@ def view(store: Store, most: int) -> dict[str, Any]:
 
 
 def columns(store: Store) -> tuple[list[str], tuple[str, bool] | None]:
-    """The metrics that dvc.yaml declares, as rows show them, and by which to sort, with True if the least is best."""
+    """The metrics that dvc.yaml declares, as rows show them, and the one to sort by, with True if lower is better."""
     project = store.project
-    names: dict[str, int] = {}  # of each metric: 0 if it is of a stage that reads a model, else 1
+    names: dict[str, int] = {}  # by metric: 0 if its stage reads a model, else 1
     said: tuple[str, bool] | None = None
     for address, stage in project.stages.items():
         try:
@@ -98,7 +98,7 @@ def columns(store: Store) -> tuple[list[str], tuple[str, bool] | None]:
 
 
 def _shown(store: Store, execution: Execution) -> dict[str, str]:
-    """The metrics of an execution that a row of the table shows: by its name in the file, that in the row."""
+    """The metrics of an execution that a table row shows: the name in the row by the name in the file."""
     names = metric_names(execution, store.project)
     maker = execution.maker_of_model()
     if maker is None:
@@ -115,7 +115,7 @@ def _shown(store: Store, execution: Execution) -> dict[str, str]:
 
 
 def _by_name(names: Mapping[str, int]) -> tuple[str, bool] | None:
-    """The metric to sort by as its name says, one of a test before one of a training; None if no name says it."""
+    """The metric to sort by, chosen by its name, test metrics before training metrics; None if no name fits."""
     found = []
     for name, of_training in names.items():
         for rank, (pattern, ascending) in enumerate(((HIGHER, False), (LOWER, True))):
@@ -127,7 +127,7 @@ def _by_name(names: Mapping[str, int]) -> tuple[str, bool] | None:
 
 
 def varying(runs: list[Run]) -> list[str]:
-    """The params that have not the same value in all of these runs that have them, in order."""
+    """The params whose values differ between the runs that have them, sorted."""
     values: dict[str, set[str]] = {}
     for run in runs:
         for key, value in run.data.params.items():

@@ -127,12 +127,12 @@ def leave_run(project: Project) -> None:
     ("plant", "expected"),
     [
         (change_params, "train.lr: params.yaml has 0.5, dvc.lock 0.01"),
-        (change_command, "fetch: dvc.yaml has another command than dvc.lock"),
+        (change_command, "fetch: the command in dvc.yaml differs from dvc.lock"),
         (change_deps, "evaluate: stages/device.py: dvc.lock has it, dvc.yaml does not"),
         (change_code, "stages/evaluate.py: dvc.lock (evaluate) has MD5 "),
         (change_metrics_file, "metrics/train.json: dvc.lock (train) has MD5 "),
         (remove_model, "models/lenet.safetensors: dvc.lock (train) has MD5 "),
-        (remove_run, "evaluate: MLflow has no finished run of what dvc.lock records"),
+        (remove_run, "evaluate: MLflow has no finished run for the execution in dvc.lock"),
         (change_headline, "metrics test_accuracy: MLflow has 0.123; expected "),
         (change_metric, "metrics f1.Bag: MLflow has 0.123; expected "),
         (change_curve, "curve train_loss at step 2: MLflow has 0.123; expected "),
@@ -140,7 +140,7 @@ def leave_run(project: Project) -> None:
         (change_parent, "its parent is not "),
         (change_artifact, 'artifacts metrics/predictions.parquet: MLflow has "other bytes"'),
         (change_weights, 'model models/lenet.safetensors: MLflow has "other bytes"'),
-        (leave_run, "MLflow has it RUNNING, its process is gone"),
+        (leave_run, "MLflow has it RUNNING, but its process is gone"),
     ],
 )
 def test_each_disagreement_is_named(
@@ -171,7 +171,7 @@ def test_other_bits_of_other_hardware_are_named_as_such_and_are_no_failure(proje
     assert "note: " not in project.command("audit").stdout, "the hardware is the same, and not the reason"
     store.client.set_tag(first.info.run_id, "hardware.cpu", "Another CPU")
     (line,) = [line for line in project.command("audit").stdout.splitlines() if line.startswith("note: ")]
-    assert line.startswith(f"note: say: run {first.info.run_id} made other bytes from the same command")
+    assert line.startswith(f"note: say: run {first.info.run_id} made different bytes from the same command")
     assert " on Another CPU, " in line
     assert f"; run {second.info.run_id} was on {second.data.tags['hardware.cpu']}, " in line
 

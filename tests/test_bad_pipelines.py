@@ -170,7 +170,7 @@ def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeli
     pipeline.set(size=2)
     assert "Stage 'score' is cached" in pipeline.run("dvc", "repro")
     assert (pipeline.folder / "score.yaml").read_text() == "size: 1\n"
-    line = "score: not recorded: DVC took the outs of score from its run cache, which overlooks params named size"
+    line = "score: not recorded: DVC took the outs of score from its run cache, which ignores params named size"
     assert line in pipeline.run("dvc-mlflow", "sync", code=1)
     assert len(pipeline.rows()) == 2
     pipeline.run("dvc", "repro", "--force")
@@ -255,12 +255,12 @@ def test_params_that_change_while_a_stage_is_at_work_are_not_recorded_as_its_own
         assert time.monotonic() < deadline
         time.sleep(0.1)
     live.set(rate=2)
-    assert "warning: params or deps of fit changed while it was at work" in process.communicate()[1]
+    assert "warning: params or deps of fit changed while it was running" in process.communicate()[1]
     assert (live.folder / "model.txt").read_text() == "rate: 1\n"
     assert "rate: 2" in (live.folder / "dvc.lock").read_text()
     output = live.run("dvc-mlflow", "sync", code=1)
     for stage in ("fit", "score"):
-        assert f"{stage}: not recorded: params or deps of fit changed while it was at work" in output
+        assert f"{stage}: not recorded: params or deps of fit changed while it was running" in output
     assert live.rows() == [("fit", "FINISHED", "1")]
     live.run("dvc-mlflow", "audit", "--all", code=1)
     live.run("dvc", "repro", "--force")
@@ -424,7 +424,7 @@ def test_a_metrics_file_that_cannot_be_shown_is_named_and_costs_no_record(
 def test_curves_without_their_x_are_named_and_cost_no_record(pipeline: Pipeline) -> None:
     pipeline.write("fit.sh", FIT.replace("epoch,loss", "round,loss"))
     pipeline.run("dvc", "repro")
-    line = "history.csv: expected a whole number as epoch, found none; no curves of it"
+    line = "history.csv: expected a whole number as epoch, found none; no curves shown"
     assert line in pipeline.run("dvc-mlflow", "sync")
     assert len(pipeline.rows()) == 2
 
@@ -434,7 +434,7 @@ def test_bytes_that_are_gone_are_named_and_sync_fails(pipeline: Pipeline) -> Non
     shutil.rmtree(pipeline.folder / ".dvc/cache")
     (pipeline.folder / "history.csv").unlink()
     output = pipeline.run("dvc-mlflow", "sync", code=1)
-    assert "fit: not recorded: history.csv is not as in dvc.lock, nor in DVC's cache" in output
+    assert "fit: not recorded: history.csv does not match dvc.lock and is not in DVC's cache" in output
 
 
 def test_a_project_without_lock_or_git_is_no_failure(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_full_disk_below_mlflow_costs_a_warning_and_sync_completes_the_record(
         result = project.dvc("repro", warns=True)
         (line,) = [line for line in result.stderr.splitlines() if line]
         assert line.startswith("warning: MLflow cannot use ")
-        assert line.endswith("; `dvc-mlflow sync` records this when it can")
+        assert line.endswith("; `dvc-mlflow sync` records this later")
         (small_disk / "filler").unlink()
         project.command("sync")
         assert audit(project) == ["dvc.yaml, the params, dvc.lock, the files and MLflow agree"]
@@ -467,8 +467,8 @@ MERGES: dict[str, tuple[str, Callable[[str], str], str]] = {
     "dvc.yaml a list": ("dvc.yaml", lambda _: "stages: []", "validation failed"),
 }
 CURES = {
-    "dvc.lock": "; remove it, and `dvc repro` makes it again",
-    "dvc.yaml": "; `git checkout` brings it back",
+    "dvc.lock": "; remove it, and `dvc repro` recreates it",
+    "dvc.yaml": "; `git checkout` restores it",
 }
 
 
@@ -504,7 +504,7 @@ def test_audit_sync_and_the_recorder_name_a_bad_merge_and_the_cure_cures(
         assert (result.returncode, result.stderr) == (1, f"error: {told}\n")
     command = Pipeline(finished_project.folder).stages["fetch"]["cmd"].split()
     result = project.run(*command, warns=True, DVC_STAGE="fetch")
-    assert result.stderr == f"warning: {told}; `dvc-mlflow sync` records this when it can\n"
+    assert result.stderr == f"warning: {told}; `dvc-mlflow sync` records this later\n"
     result = project.dvc("repro", check=False)
     assert result.returncode != 0
     assert "'./dvc.lock' is invalid (possible merge conflicts)." in result.stderr

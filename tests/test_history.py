@@ -213,7 +213,7 @@ def test_a_shallow_clone_is_named_and_gets_what_it_has(repository: Repository, t
     shallow.run("dvc", "cache", "dir", "--local", str(repository.folder / ".dvc/cache"))
     shallow.run("dvc", "checkout", "-q")
     output = shallow.sync()
-    assert "this clone is shallow: older commits are not here; `git fetch --unshallow` brings them" in output
+    assert "this clone is shallow: older commits are missing; `git fetch --unshallow` fetches them" in output
     assert shallow.stages() == of_each(2)
     shallow.run("git", "fetch", "-q", "--unshallow")
     assert "shallow" not in shallow.sync()
@@ -228,7 +228,7 @@ def test_git_has_what_the_cache_has_not_and_the_remote_has_the_rest(repository: 
         (repository.folder / name).unlink()
     output = repository.sync(code=1)
     number = COMMITS + EXPERIMENTS
-    reason = "history.csv is neither in git nor in DVC's cache as it was; --fetch asks the remote"
+    reason = "history.csv as recorded is neither in git nor in DVC's cache; --fetch asks the remote"
     assert f"train: not recorded: {reason}" in output and f"and {number - 3} more)" in output
     assert f"{number} executions recorded, 0 before, {2 * number} cannot be" in output
     assert repository.stages() == {"prepare": number}
@@ -241,7 +241,7 @@ def test_git_has_what_the_cache_has_not_and_the_remote_has_the_rest(repository: 
 
 
 def test_fetching_without_a_remote_is_refused_in_one_line(repository: Repository) -> None:
-    assert "error: expected a remote of DVC for --fetch, found none: " in repository.sync("--all", "--fetch", code=1)
+    assert "error: expected a DVC remote for --fetch, found none: " in repository.sync("--all", "--fetch", code=1)
     assert repository.runs() == []
 
 

@@ -110,12 +110,12 @@ def test_what_is_applied_keeps_comments_runs_no_stage_again_and_is_shown(folder:
     inputs, outputs = runs["train"].inputs, runs["train"].outputs
     assert inputs and [one.dataset.name for one in inputs.dataset_inputs] == ["data"]
     assert outputs and len(outputs.model_outputs) == 1
-    assert run(folder, "dvc-mlflow", "init") == "dvc.yaml declares all that was looked for\n"
+    assert run(folder, "dvc-mlflow", "init") == "dvc.yaml already declares everything that init looks for\n"
 
 
 def test_live_puts_the_launcher_in_front_of_commands_that_are_of_no_shell(folder: Path) -> None:
     printed = run(folder, "dvc-mlflow", "init", "--live", "--apply")
-    expected = "`sh look.sh | tail -n 1 > best.txt` is of a shell; put `dvc-mlflow run` into it by hand"
+    expected = "`sh look.sh | tail -n 1 > best.txt` uses shell syntax; add `dvc-mlflow run` by hand"
     assert f"dvc.yaml: {expected}" in printed
     text = (folder / "dvc.yaml").read_text()
     assert "cmd: dvc-mlflow run sh train.sh data model.pkl # the data come by `dvc add`" in text

@@ -80,7 +80,7 @@ def test_a_restore_that_differs_is_told(finished_project: Project, tmp_path: Pat
     result = lineage(project, run.info.run_id, "--restore", str(tmp_path / "again"), check=False)
     assert result.returncode == 1
     assert f"expected {'0' * 32}  metrics/train.json, found " in result.stderr
-    assert "error: 1 file(s) are not those of run" in result.stderr
+    assert "error: 1 file(s) differ from run" in result.stderr
     assert not (tmp_path / "again").exists()
 
 

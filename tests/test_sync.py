@@ -102,7 +102,7 @@ def test_sync_records_nothing_of_outs_that_are_not_there(finished_project: Proje
     assert result.returncode == 1
     lines = result.stdout.splitlines()
     assert lines[1] == (
-        "train: not recorded: models/lenet.safetensors is not as in dvc.lock, nor in DVC's cache; "
+        "train: not recorded: models/lenet.safetensors does not match dvc.lock and is not in DVC's cache; "
         "`dvc checkout` or `dvc pull` first"
     )
     assert Store(project).runs("train") == []

@@ -857,7 +857,7 @@ class Walk:
 
 PARENT = "mlflow.parentRunId"
 EXPECTED_WARNINGS = (
-    "dvc.lock does not say what made|is not as in dvc.lock|MLflow has no run of|changed while it was at work"
+    "dvc.lock does not say what made|does not match dvc.lock|MLflow has no run of|changed while it was running"
     "|MLflow took over 60 s"  # on a busy machine
 )
 
