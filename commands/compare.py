@@ -1,12 +1,12 @@
 """Compare two results honestly: what differs, and whether the difference is more than chance.
 
-python -m commands.compare HEAD~1 workspace       git revisions; `workspace` is the files as they are
+python -m commands.compare HEAD~1 workspace       git revisions; `workspace` is the current files
 python -m commands.compare main slower            DVC experiments, by name
 python -m commands.compare 0f3c…  9b1d…           MLflow runs, by id: train or evaluate
 python -m commands.compare --md main slower       for a pull request; --json for a program
 
-The predictions of A and B are paired by test image. The interval is that of Agresti and Min (2005) for a difference of
-paired proportions; the test is McNemar's, exact.
+The predictions of A and B are paired by test image. The interval is Agresti and Min's (2005) for a difference of paired
+proportions; the test is McNemar's exact test.
 """
 
 import argparse
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 PREDICTIONS = "metrics/predictions.parquet"
 SIGNIFICANCE = 0.05
 Z = 1.959964  # of a 95 % interval
-MOVED = 3  # classes to name
+MOVED = 3  # classes to list
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one of the two is: a row an image in `predictions`, as evaluate writes them."""
+    """One of the two results; `predictions` has a row per image, as evaluate writes them."""
 
     name: str
     params: Mapping[str, Any]
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def read_result(name: str) -> Result:
-    """Read a result by git revision, DVC experiment, `workspace` or MLflow run id. Exits where there is none."""
+    """Read a result by git revision, DVC experiment, `workspace` or MLflow run id. Exits if there is none."""
     return _read_run(name) if re.fullmatch("[0-9a-f]{32}", name) else _read_revision(name)
 
 
@@ -77,15 +77,15 @@ def _read_revision(name: str) -> Result:
         lock = YAML(typ="safe").load(dvc.api.read("dvc.lock", rev=rev))["stages"]
     except (DvcException, SCMError, OSError, ValueError) as error:  # ValueError: not Parquet
         reason = str(error).splitlines()[0]
-        sys.exit(f"error: expected a result of that name, found none for {name}: {reason}; `dvc exp show` lists them")
+        sys.exit(f"error: expected a result named {name}, found none: {reason}; `dvc exp show` lists them")
     if stale := _not_run(lock, params):
-        sys.exit(f"error: expected the result of what {name} has, found that {stale} was not run; `dvc repro` first")
-    of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not those by class
+        sys.exit(f"error: expected up-to-date results in {name}, found none for {stale}; `dvc repro` first")
+    of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not per class
     return Result(name, flatten(params), of_all, predictions)
 
 
 def _not_run(lock: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
-    """The first param, or file that a stage reads, with which the results were not made; None where there is none."""
+    """The first param, or stage input, that the results were not made with; None if there is none."""
     from dvc_mlflow.project import lookup
 
     outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
@@ -135,14 +135,14 @@ def _value(text: str) -> Any:
 
 
 def compare(a: Result, b: Result) -> dict[str, Any]:
-    """All that is said of B against A. Exits where the two were not tested on the same images."""
+    """The comparison of B with A. Exits if the two were not tested on the same images."""
     from scipy.stats import binomtest
 
     labels = a.predictions["label"].to_numpy()
     if not a.predictions["label"].equals(b.predictions["label"]):
         sys.exit(
             f"error: expected predictions for the same test images, found {len(labels):,} in {a.name} and "
-            f"{len(b.predictions):,} in {b.name}, of other labels; compare results on one test set"
+            f"{len(b.predictions):,} in {b.name}, with different labels; compare results on the same test set"
         )
     hits_a, hits_b = (one.predictions["predicted"].to_numpy() == labels for one in (a, b))
     only_a, only_b = int((hits_a & ~hits_b).sum()), int((hits_b & ~hits_a).sum())
@@ -176,7 +176,7 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
 
 
 def interval(only_a: int, only_b: int, images: int) -> tuple[float, float]:
-    """95 % interval of accuracy B minus accuracy A, from the images that only one of them has right.
+    """95 % interval of accuracy B minus accuracy A, from the images that only one of them gets right.
 
     Source: Agresti and Min 2005, https://doi.org/10.1002/sim.1781 (half an image is added to each of the four counts).
     """

@@ -1,11 +1,11 @@
-"""Write the model as ONNX, and verify that it says the same.
+"""Export the model to ONNX, and verify that it predicts the same.
 
 python -m commands.export models/lenet.onnx
 python -m commands.export --model models/other.safetensors other.onnx
 
-Input `images` uint8 (N, 28, 28), white on black; output `probabilities` float32 (N, 10). The names of the classes
-are in the file's metadata, under `classes`. onnxruntime then predicts all test images: the file is written only where
-it gives the class that PyTorch gives for each, with probabilities within 1e-5.
+Input `images` uint8 (N, 28, 28), white on black; output `probabilities` float32 (N, 10). The class names are in the
+file's metadata, under `classes`. onnxruntime then predicts all test images: the file is written only if every class
+equals PyTorch's, with probabilities within 1e-5.
 """
 
 import argparse
@@ -23,9 +23,9 @@ TOLERANCE = 1e-5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, metavar="FILE", help="to write (ONNX)")
+    parser.add_argument("output", type=Path, metavar="FILE", help="ONNX file to write")
     parser.add_argument("--model", type=Path, default=Path(MODEL), help=f"weights (default: {MODEL})")
-    parser.add_argument("--dataset", type=Path, default=Path(DATASET), help=f"to verify on (default: {DATASET})")
+    parser.add_argument("--dataset", type=Path, default=Path(DATASET), help=f"test set (default: {DATASET})")
     args = parser.parse_args()
     try:
         export(args.output, args.model, args.dataset)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def export(output: Path, path: Path, dataset: Path) -> None:
-    """Write the model at `path` as ONNX. Raises StageError where onnxruntime disagrees with PyTorch."""
+    """Write the model at `path` as ONNX. Raises StageError if onnxruntime disagrees with PyTorch."""
     import logging
     import warnings
 
@@ -73,8 +73,8 @@ def export(output: Path, path: Path, dataset: Path) -> None:
     others, distance = int((found.argmax(1) != expected.argmax(1)).sum()), float(np.abs(found - expected).max())
     if others or distance > TOLERANCE:
         raise StageError(
-            f"expected onnxruntime to agree with PyTorch on {len(images):,} images, found {others} other classes and "
-            f"probabilities up to {distance:.1e} apart; nothing is written"
+            f"expected onnxruntime to agree with PyTorch on {len(images):,} images, found {others} different classes "
+            f"and probabilities up to {distance:.1e} apart; nothing is written"
         )
     write(output, stream.getvalue())
     print(f"{output}: as PyTorch says on all {len(images):,} test images (largest difference {distance:.1e})")

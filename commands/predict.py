@@ -1,12 +1,12 @@
-"""Say what is on pictures.
+"""Classify pictures.
 
 python -m commands.predict shirt.jpg bag.png
 python -m commands.predict --json shirt.jpg
 python -m commands.predict --model models:/fashion-mnist-lenet@champion shirt.jpg
 
-A PNG or JPEG of any size and mode becomes what Fashion-MNIST's images are: grey, 28 by 28, white on black. What is
-transparent counts as white paper; a picture whose border is light is inverted, and said to be; it keeps its
-proportions, on a square of its background. Pictures of one piece of clothing on a plain ground do best.
+A PNG or JPEG of any size and mode is converted to the format of Fashion-MNIST: grey, 28 by 28, white on black.
+Transparent areas count as white paper. A picture with a light border is inverted, and the output says so. Proportions
+are kept, on a square of the picture's background. Pictures of one piece of clothing on a plain background work best.
 """
 
 import argparse
@@ -54,17 +54,17 @@ def main() -> None:
 def read_image(path: Path) -> tuple[np.ndarray, bool]:
     """Return uint8 (28, 28), white on black, and whether it was inverted for that.
 
-    Raises StageError for what is not a PNG or JPEG image, or larger than Pillow deems sane.
+    Raises StageError if it is not a PNG or JPEG image, or has more pixels than Pillow allows.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow says of metadata
+            warnings.simplefilter("ignore")  # Pillow's, about metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG", "JPEG")) as file:
                 image: Image.Image = file
                 image.load()
-                with contextlib.suppress(Exception):  # metadata may be damaged, in more ways than Pillow names
-                    image = ImageOps.exif_transpose(file)  # a photo that was taken sideways
+                with contextlib.suppress(Exception):  # damaged metadata raises more than Pillow's own exceptions
+                    image = ImageOps.exif_transpose(file)  # a photo taken sideways
                 grey = _grey(image)
     except UnidentifiedImageError:
         raise StageError(f"{path}: expected a PNG or JPEG image, found something else") from None
@@ -72,7 +72,7 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
         raise StageError(f"cannot read {path}: {shorten(error.strerror or error)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise StageError(f"{path}: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, found more") from None
-    except Exception as error:  # Pillow's decoders promise nothing of what a damaged file makes them raise
+    except Exception as error:  # Pillow's decoders may raise anything on a damaged file
         raise StageError(f"{path} is damaged: {shorten(f'{type(error).__name__}: {error}')}") from None
     pixels = np.asarray(grey)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -83,7 +83,7 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """The image as greys of 8 bits, on white paper. At Pillow's limit, each copy in colours takes 360 MB."""
+    """The image in 8-bit grey, on white paper. At Pillow's limit, each copy in colour takes 360 MB."""
     if image.mode.startswith(("I", "F")):  # 16 bits or more a pixel: Pillow would clip it
         values = np.asarray(image)
         shares = values / np.float32(max(values.max(), 1))
@@ -98,9 +98,9 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def predict(model: str, images: np.ndarray) -> list[dict[str, Any]]:
-    """The class, its probability and the best three, of each of images uint8 (N, 28, 28).
+    """The class, its probability and the top three of each image in uint8 (N, 28, 28).
 
-    Raises StageError where there is no such model.
+    Raises StageError if there is no such model.
     """
     classes, probabilities = _ask_mlflow(model, images) if model.startswith("models:/") else _ask_file(model, images)
     answers = []
@@ -126,7 +126,7 @@ def _ask_mlflow(model: str, images: np.ndarray) -> tuple[list[str], np.ndarray]:
     quiet()
     try:
         Store(Project(Path.cwd()))
-        with tempfile.TemporaryDirectory() as folder:  # from a path with a % in it, MLflow loads nothing
+        with tempfile.TemporaryDirectory() as folder:  # MLflow loads nothing from a path with a % in it
             path = mlflow.artifacts.download_artifacts(model, dst_path=folder)
             loader = Model.load(path).flavors.get("python_function", {}).get("loader_module")
             if loader != "mlflow.pyfunc.loaders.code_model":

@@ -2,10 +2,10 @@
 
 python -m commands.promote                  the model of dvc.lock
 python -m commands.promote RUN_ID           the model of a train run
-python -m commands.promote --force RUN_ID   whatever the comparison says: to go back, for example
+python -m commands.promote --force RUN_ID   without a comparison: to go back, for example
 
-The model is registered as `fashion-mnist-lenet`; `models:/fashion-mnist-lenet@champion` loads what was promoted last.
-Nothing else moves that alias. The comparison is that of `python -m commands.compare`.
+The model is registered as `fashion-mnist-lenet`; `models:/fashion-mnist-lenet@champion` loads the last promoted one.
+Nothing else moves that alias. Models are compared as by `python -m commands.compare`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ALIAS = "champion"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="RUN_ID", help="a train run (default: that of dvc.lock)")
+    parser.add_argument("run", nargs="?", metavar="RUN_ID", help="a train run (default: the one of dvc.lock)")
     parser.add_argument("--force", action="store_true", help="promote it without a comparison")
     args = parser.parse_args()
     from dvc_mlflow.project import Project
@@ -54,7 +54,7 @@ def find_run(store: "Store", run_id: str | None) -> "Run":
 
 
 def promote(store: "Store", run: "Run", force: bool) -> None:
-    """Register the run's model, if it is not yet, and move the alias to it. Exits where it is worse."""
+    """Register the run's model if needed, and move the alias to it. Exits if it is worse."""
     from dvc_mlflow.store import MlflowException
 
     client = store.client
@@ -71,7 +71,7 @@ def promote(store: "Store", run: "Run", force: bool) -> None:
         comparison = compare(read_result(champion.run_id), read_result(run.info.run_id))
         print(comparison["sentence"])
         if comparison["verdict"] == "worse":
-            sys.exit(f"error: not promoted; version {champion.version} stays the {ALIAS}. --force does it all the same")
+            sys.exit(f"error: not promoted; version {champion.version} stays the {ALIAS}. --force promotes it anyway")
     try:
         client.create_registered_model(
             NAME, description="LeNet on Fashion-MNIST. `python -m commands.promote` moves its alias."

@@ -1,11 +1,11 @@
-"""Run the pipeline for several seeds, as DVC experiments, and show how far its result is a matter of luck.
+"""Run the pipeline for several seeds, as DVC experiments, and show how much its result depends on luck.
 
-python -m commands.replicate --seeds 10                                   the params as they are, seeds 0 to 9
+python -m commands.replicate --seeds 10                                   the current params, seeds 0 to 9
 python -m commands.replicate --seeds 5 -S train.activation=relu           another recipe, as in `dvc exp run`
 python -m commands.replicate --seeds 3 --json                             for a program
 
-Each seed is an experiment of its own, `NAME-SEED` in `dvc exp show`, in a temporary folder: the workspace stays as it
-is. A seed that is there already is not run again. Interrupt it and start it again: it goes on.
+Each seed is a separate experiment, `NAME-SEED` in `dvc exp show`, run in a temporary folder: the workspace does not
+change. A seed that already exists is not run again, so an interrupted command continues if you start it again.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 METRIC = "test_accuracy"
-CHANCE = 0.2  # of ten classes a guess has 0.1: below twice that, nothing was learnt
+CHANCE = 0.2  # a guess among ten classes has 0.1: below twice that, nothing was learnt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="run seeds 0 to N-1 (default: 10)")
     parser.add_argument("-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", help="as in dvc exp run")
-    parser.add_argument("--name", default="replicate", help="of the experiments, before a hash of what they run")
+    parser.add_argument("--name", default="replicate", help="name of the experiments, before a hash of what they run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if args.seeds < 1:
@@ -38,7 +38,7 @@ def main() -> None:
 
     try:
         with Repo() as repo:
-            # What is not a param or the seed decides the results as well: another commit, other experiments.
+            # Results do not depend on params and seed alone: another commit has other experiments.
             state = repr((repo.scm.get_rev(), repo.scm.is_dirty() and _patch(), sorted(args.set_param)))
     except (DvcException, SCMError) as error:
         sys.exit(f"error: {error}")
@@ -94,7 +94,7 @@ def summarize(accuracies: Mapping[int, float]) -> dict[str, Any]:
 
 
 def show(name: str, summary: Mapping[str, Any]) -> None:
-    """Print the summary as a table, of which a line goes into the README."""
+    """Print the summary as a table, with a line for the README."""
     print("| recipe | seeds | failed to learn | mean | s.d. | min | max |")
     print("|---|---|---|---|---|---|---|")
     values = [summary[key] for key in ("mean", "standard_deviation", "min", "max")]

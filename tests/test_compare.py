@@ -122,11 +122,7 @@ def test_params_or_a_model_that_no_result_is_of_are_not_compared(two_results: Pr
     failed = run(project, "main", "workspace", check=False)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr == (
-        "error: expected the result of what workspace has, found that params.yaml's train was not run; "
-        "`dvc repro` first\n"
+        "error: expected up-to-date results in workspace, found none for params.yaml's train; `dvc repro` first\n"
     )
     project.repro("--single-item", "train")
-    assert (
-        "found that the new models/lenet.safetensors was not run"
-        in run(project, "main", "workspace", check=False).stderr
-    )
+    assert "found none for the new models/lenet.safetensors" in run(project, "main", "workspace", check=False).stderr

@@ -47,7 +47,7 @@ def test_a_worse_model_is_promoted_only_by_force(promoted_project: Project, tmp_
     refused = promote(project, check=False)  # the workspace has the slow one
     assert refused.returncode == 1
     assert " is worse than " in refused.stdout
-    assert refused.stderr == "error: not promoted; version 1 stays the champion. --force does it all the same\n"
+    assert refused.stderr == "error: not promoted; version 1 stays the champion. --force promotes it anyway\n"
     assert champion(project) == first.info.run_id
     assert "version 2 is the champion now" in promote(project, "--force", slow.info.run_id).stdout
     assert champion(project) == slow.info.run_id
