@@ -1,11 +1,11 @@
-"""Do on a GPU, in one unattended call of a few minutes, all that needs one: python -m benchmarks.gpu, or make gpu.
+"""Run everything that needs a GPU, unattended, in a few minutes: python -m benchmarks.gpu, or make gpu.
 
 python -m benchmarks.gpu                                                    the data of `dvc repro fetch`
 python -m benchmarks.gpu --train TRAIN --test TEST                          the two files from elsewhere
-python -m benchmarks.gpu --device cpu --images 600 --output /tmp/gpu.md     the same steps without a GPU, on less
+python -m benchmarks.gpu --device cpu --images 600 --output /tmp/gpu.md     the same steps without a GPU, on less data
 
 Times the loop with and without its CUDA graph against the plain program, compares the bits of three runs and of one
-that was killed and went on, evaluates, and runs the tests that need a GPU. Prints a table and writes it to
+that was killed and resumed, evaluates, and runs the tests that need a GPU. Prints a table and writes it to
 benchmarks/GPU.md. Exits with 1 if something failed. Needs Python 3.11 or newer, torch, numpy, safetensors and
 ruamel.yaml, pytest for the tests, and neither DVC nor MLflow; without torchvision, plain.py reads the data itself.
 """
@@ -43,7 +43,7 @@ from stages.training import train
 from stages.training_step import Step
 
 ROOT = Path(__file__).parent.parent
-PLAIN_EPOCHS = 3  # the first has the warm-up, and counts on neither side
+PLAIN_EPOCHS = 3  # the first includes the warm-up, and counts on neither side
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--images", type=int, help="train and test on the first N images (default: all)")
     parser.add_argument("--epochs", type=int, default=5, help="at least 2 (default: 5)")
-    parser.add_argument("--runs", type=int, default=3, help="of each kind (default: 3)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "GPU.md", help="the table, to write")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "GPU.md", help="table to write")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # a folder: this process is one training
     parser.add_argument("--kill", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-graph", action="store_true", help=argparse.SUPPRESS)
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One training in the folder args.work, as the stage does it; the last line is a JSON object of what came of it."""
+    """Train once in the folder args.work, as the stage does; the last line is a JSON object of the results."""
     os.chdir(args.work)
     values = YAML(typ="safe").load(ROOT / "params.yaml")["train"]
     params = cast(Any, SimpleNamespace(**values | {"validation_size": 0, "epochs": args.epochs, "device": args.device}))
@@ -92,7 +92,7 @@ def work(args: argparse.Namespace) -> None:
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     test = read_dataset(args.test)
     model, images = read_model(Path("model.safetensors")).to(device), torch.from_numpy(test.images).to(device)
-    predict(model, images, 1000)  # the libraries set themselves up
+    predict(model, images, 1000)  # warms up the libraries
     begin = time.perf_counter()
     predicted = predict(model, images, 1000).argmax(1).cpu().numpy()
     result = {
@@ -108,12 +108,12 @@ def work(args: argparse.Namespace) -> None:
 
 
 def end_here(history: Sequence[object]) -> None:
-    """End this process as a power cut does, after its first epoch."""
+    """Kill this process after its first epoch, as a power cut would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def one(args: argparse.Namespace, folder: Path, graph: bool = True, kill: bool = False) -> dict[str, Any]:
-    """What a training in a process of its own says; nothing, if it is to be killed after its first epoch."""
+    """The results of a training in a separate process; none if it is killed after its first epoch."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--work", folder, "--train", args.train, "--test", args.test]
     command += ["--device", args.device, "--epochs", args.epochs]
@@ -129,7 +129,7 @@ def one(args: argparse.Namespace, folder: Path, graph: bool = True, kill: bool =
 
 
 def plain(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
-    """What the plain program prints of each epoch."""
+    """What the plain program prints for each epoch."""
     command = [sys.executable, "benchmarks/plain.py", folder, "--device", args.device, "--epochs", PLAIN_EPOCHS]
     result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
@@ -138,7 +138,7 @@ def plain(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
 
 
 def write_raw(folder: Path, parts: dict[str, Dataset]) -> None:
-    """Write the data as torchvision keeps them."""
+    """Write the data as torchvision stores it."""
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, dataset in parts.items():
@@ -148,7 +148,7 @@ def write_raw(folder: Path, parts: dict[str, Dataset]) -> None:
 
 
 def measure(args: argparse.Namespace) -> bool:
-    """Do all of it, print and write the table; return whether nothing failed."""
+    """Run everything, print and write the table; return whether nothing failed."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -164,7 +164,7 @@ def measure(args: argparse.Namespace) -> bool:
         write_raw(folder, parts)
         total = len(parts["train"].images)
         graphs, singles, plains = [], [], []
-        for number in range(args.runs):  # in turn, so that a machine that slows down does so for all
+        for number in range(args.runs):  # in turn, so that a machine that slows down affects all
             graphs.append(one(args, folder / f"graph{number}"))
             singles.append(one(args, folder / f"single{number}", graph=False))
             if number < 2:
@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace) -> bool:
         ("peak GPU memory", "", f"{max(run['memory'] for run in graphs):,.0f} MiB", None),
         ("tests marked gpu", "pass", tests, tested or not on_gpu),
     ]  # fmt: skip
-    if not on_gpu:  # speeds are no matter here
+    if not on_gpu:  # speeds do not matter here
         rows = [(*row[:3], None if row[0].startswith(("loop", "plain's")) else row[3]) for row in rows]
     marks = {None: "", True: "", False: " (missed)"}
     seconds = time.perf_counter() - begin
@@ -223,7 +223,7 @@ def measure(args: argparse.Namespace) -> bool:
 
 
 def run_tests() -> tuple[bool, str]:
-    """Whether the tests that need a GPU pass, and pytest's last line. They need nothing of tests/conftest.py."""
+    """Whether the tests that need a GPU pass, and pytest's last line. They need no tests/conftest.py."""
     if not importlib.util.find_spec("pytest"):
         return False, "pytest is not installed"
     command = [

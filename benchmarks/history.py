@@ -1,7 +1,7 @@
-"""A DVC project with a long history, made at once: python -m benchmarks.history FOLDER --commits 200.
+"""Generate a DVC project with a long history: python -m benchmarks.history FOLDER --commits 200.
 
-What DVC would have written is written directly: `dvc repro` in each commit would take minutes. The files are as the
-commands in dvc.yaml would make them, so `dvc status` finds nothing to do.
+DVC's files are written directly: `dvc repro` in each commit would take minutes. The outputs are as the commands in
+dvc.yaml would make them, so `dvc status` finds nothing to do.
 """
 
 import argparse
@@ -50,7 +50,7 @@ FIRST_DAY = 1_700_000_000  # seconds since 1970: the date of the first commit; t
 
 
 def make_history(folder: Path, commits: int, experiments: int = 0) -> None:
-    """Make a repository of so many commits, in each of which all three stages have run anew, and experiments on it."""
+    """Create a repository of `commits` commits, each with new runs of all three stages, and experiments on the last."""
     folder.mkdir(parents=True)
     for command in (["git", "init", "-q", "-b", "main"], ["dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
@@ -70,7 +70,7 @@ def make_history(folder: Path, commits: int, experiments: int = 0) -> None:
 
 
 def _import(folder: Path, commits: list[tuple[str, str, int]], steady: dict[str, str]) -> None:
-    """Make commits: the ref of each, its parent if that is not the ref's, its number; the first has `steady`."""
+    """Create commits: ref, parent if it is not the ref's, and number of each; the first adds `steady`."""
     stream = []
     for ref, parent, number in commits:
         files, cached = files_of(number)
@@ -89,7 +89,7 @@ def _import(folder: Path, commits: list[tuple[str, str, int]], steady: dict[str,
 
 
 def files_of(number: int) -> tuple[dict[str, str], dict[str, str]]:
-    """The text of each file that git has and that changes from commit to commit, and of each that DVC's cache has."""
+    """The text of each file in git that changes from commit to commit, and of each file in DVC's cache."""
     data, rate = f"  rows: {number}\n", f"  rate: {number}\n"
     params = f"prepare:\n{data}train:\n{rate}"
     cached = {"data.csv": data, "model.bin": data + rate, "history.csv": "epoch,loss\n1,0.5\n2,0.25\n3,0.125\n"}

@@ -2,9 +2,9 @@
 
     python benchmarks/plain.py DIR
 
-DIR/FashionMNIST/raw holds torchvision's copy of the data; what is missing there is downloaded. Prints a line of JSON
-after each epoch. The reference of benchmarks/run.py; nothing else of the project is used here. Where there is no
-torchvision, as on some machines with a GPU, a class below reads the same files, quicker than torchvision does.
+DIR/FashionMNIST/raw holds torchvision's copy of the data; missing files are downloaded. Prints a line of JSON after
+each epoch. The reference for benchmarks/run.py, it uses nothing else of the project. Without torchvision, as on some
+GPU machines, a class below reads the same files, faster than torchvision does.
 """
 
 import argparse
@@ -25,7 +25,7 @@ except ImportError:
 
 
 class RawFashionMNIST(torch.utils.data.Dataset):
-    """What torchvision's FashionMNIST with ToTensor has: float32 (1, 28, 28) in 0..1, and the label."""
+    """The items of torchvision's FashionMNIST with ToTensor: float32 (1, 28, 28) in 0..1, and the label."""
 
     def __init__(self, folder: str, prefix: str) -> None:
         raw = Path(folder, "FashionMNIST", "raw")
@@ -60,11 +60,11 @@ class LeNet(nn.Sequential):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder of the data")
+    parser.add_argument("data", help="data folder")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of each DataLoader")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="workers of each DataLoader")
     args = parser.parse_args()
 
     torch.manual_seed(0)

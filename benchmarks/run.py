@@ -1,8 +1,8 @@
 """Measure the pipeline against the plain PyTorch program, side by side: python -m benchmarks.run, or make bench.
 
-Prints a table and writes it to benchmarks/RESULTS.md, above the notes that stand there. Takes some 20 minutes; let
-nothing else run. What is compared is run in turn, A B A B …, so that a machine that speeds up or slows down does so
-for both.
+Prints a table and writes it to benchmarks/RESULTS.md, above the notes there. Takes some 20 minutes; run nothing else
+meanwhile. Both sides of a comparison run in turn, A B A B …, so that a machine that speeds up or slows down affects
+both.
 """
 
 import gzip
@@ -33,9 +33,9 @@ from stages.dataset import Dataset, read_dataset, write_dataset
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
-NOTES = "\n## Notes\n"  # in RESULTS.md, all from here on is written by hand
+NOTES = "\n## Notes\n"  # in RESULTS.md, everything from here on is written by hand
 SEEDS = 8  # of the trainings that run at once
-ACCURACY = 0.8786  # what the plain program's own recipe reaches where it is lucky
+ACCURACY = 0.8786  # what the plain program's own recipe reaches with luck
 DATA = {part: f"data/fashion-mnist/{part}.safetensors" for part in ("train", "test")}
 RUNS = 10_000
 
@@ -77,7 +77,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 class Bench:
-    """Copies of the project in `folder`, and the commands that are timed in them."""
+    """Copies of the project in `folder`, and the commands timed in them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,7 +122,7 @@ class Bench:
         return time.perf_counter() - start
 
     def plain(self, device: str) -> tuple[float, list[dict[str, float]]]:
-        """Wall seconds of the plain program, and what it prints of each epoch."""
+        """Wall seconds of the plain program, and what it prints for each epoch."""
         start = time.perf_counter()
         program = [sys.executable, "benchmarks/plain.py", str(self.raw.parent.parent), "--device", device]
         lines = run(program, ROOT).splitlines()
@@ -155,13 +155,13 @@ class Bench:
 
 
 def peak_mib(pid: int) -> float:
-    """The most memory that a process ever held; getrusage would count that of the process that started it as well."""
+    """A process's peak memory in MiB; getrusage would also count that of the process that started it."""
     found = re.findall(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return float(found[0]) / 1024 if found else 0.0  # it has ended
 
 
 def run(command: Sequence[str], folder: Path, **env: str) -> str:
-    """Output of a command that must succeed, in an environment without settings of this project."""
+    """Output of a command that must succeed, in an environment without this project's settings."""
     clean = {key: value for key, value in os.environ.items() if not re.match("MLFLOW_|DVC_|FASHION_|GIT_", key)}
     clean |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true", **env}
     result = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
@@ -230,7 +230,7 @@ def measure_evaluate(bench: Bench, cold: Sequence[float]) -> Row:
 
 
 def measure_throughput(bench: Bench, plain_wall: Sequence[float]) -> list[Row]:
-    """Seeds as DVC's queue runs them, a training of one thread on each core, against the same in turn by default."""
+    """Seeds in DVC's queue, a one-thread training on each core, against the same in turn with the default threads."""
     folder = bench.copy()
     bench.time(["dvc", "repro", "fetch"], folder)
     run(["dvc", "exp", "run", "--temp"], folder)  # the first one of a project sets up what the others use
@@ -253,7 +253,7 @@ def measure_throughput(bench: Bench, plain_wall: Sequence[float]) -> list[Row]:
 
 
 def measure_nothing(bench: Bench) -> Row:
-    """`dvc repro` with nothing to do, here and in a project of one empty stage."""
+    """`dvc repro` with nothing to do, here and in a project with one empty stage."""
     empty = bench.folder / "empty"
     empty.mkdir()
     (empty / "dvc.yaml").write_text("stages:\n  nothing:\n    cmd: 'true'\n    deps: [dep]\n")
@@ -292,7 +292,7 @@ def measure_scaling(bench: Bench) -> list[Row]:
 
 
 def measure_store(bench: Bench) -> list[Row]:
-    """What the recorder and other commands take, in a store of the pipeline alone and in one of 10,000 more runs."""
+    """Seconds of the recorder and other commands, in the pipeline's own store and in one with 10,000 more runs."""
     folder = bench.copy(epochs=1)
     bench.time(["dvc", "repro"], folder)
     few, many = folder / "mlflow.db", folder / "many.db"
@@ -328,7 +328,7 @@ def measure_store(bench: Bench) -> list[Row]:
 
 
 def measure_history(bench: Bench) -> Row:
-    """`dvc-mlflow sync --all` of 200 commits in each of which three stages ran, and again with nothing to do."""
+    """`dvc-mlflow sync --all` of 200 commits with three stage runs each, and again with nothing to do."""
     ours, theirs = [], []
     for number in tqdm(range(3), "history", disable=None):
         folder = bench.folder / f"history-{number}"

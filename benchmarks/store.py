@@ -1,4 +1,4 @@
-"""An MLflow store of ten thousand runs, made at once: python -m benchmarks.store URI --runs 10000."""
+"""Fill an MLflow store with ten thousand runs: python -m benchmarks.store URI --runs 10000."""
 
 import argparse
 import uuid
@@ -9,12 +9,12 @@ from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, Sq
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import insert, select
 
-OTHER = ("dvc.fingerprint", "dvc.execution", "dvc.deps.", "dvc.outs.")  # tags that no two of the runs share
+OTHER = ("dvc.fingerprint", "dvc.execution", "dvc.deps.", "dvc.outs.")  # tags that differ between runs
 BATCH = 200  # runs in one transaction
 
 
 def fill(uri: str, runs: int) -> None:
-    """Add so many runs like the finished ones that the database has, of other executions, of years ago."""
+    """Add `runs` copies of the database's finished runs, of other executions, from years ago."""
     store = SqlAlchemyStore(uri, "mlartifacts")
     parts = (SqlParam, SqlTag, SqlLatestMetric, SqlMetric)
     with store.engine.connect() as connection:
