@@ -1,7 +1,7 @@
-"""The CPU: which bits PyTorch computes on it, and which of its cores are this process's.
+"""The CPU: which bits PyTorch computes on it, and which of its cores this process may use.
 
-PyTorch's libraries choose their kernels by the CPU's instruction set and maker, once, unless variables of the
-environment tell them which to take. So these are set before PyTorch is imported.
+PyTorch's libraries choose their kernels by the CPU's instruction set and vendor, once, unless environment variables
+select them. So these are set before PyTorch is imported.
 """
 
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 PORTABLE = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # oneDNN: convolutions
     "ATEN_CPU_CAPABILITY": "avx2",  # PyTorch's own kernels
-    "MKL_CBWR": "COMPATIBLE",  # MKL: matrix products; its other modes give an Intel other bits than an AMD
+    "MKL_CBWR": "COMPATIBLE",  # MKL: matrix products; its other modes give Intel and AMD different bits
 }
-# They decide bits, too: kernels, their precision, and how many threads there really are.
+# These affect bits too: kernels, their precision, and the actual number of threads.
 UNSET = (
     "DNNL_MAX_CPU_ISA",
     "DNNL_DEFAULT_FPMATH_MODE",
@@ -27,16 +27,16 @@ OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def import_torch(section: str) -> None:
-    """Import PyTorch, set up for the CPU as `bits` and `threads` of this section of params.yaml say.
+    """Import PyTorch, set up for the CPU by `bits` and `threads` in this section of params.yaml.
 
-    `bits` wins over the environment, with a line, since the bits must be those of the params.
+    `bits` overrides the environment, with a warning, since the params must decide the bits.
     """
     values = _read(section)
     portable = values.get("bits") != "native"
     if portable and not has_avx2():
         print(
-            f"warning: {section}.bits: portable needs an x86-64 CPU with AVX2, and this is another; "
-            "what it computes has other bits than in dvc.lock",
+            f"warning: {section}.bits: portable needs an x86-64 CPU with AVX2, which this is not; "
+            "its results have other bits than in dvc.lock",
             file=sys.stderr,
         )
         portable = False
@@ -47,7 +47,7 @@ def import_torch(section: str) -> None:
             print(f"warning: {name}={found} in the environment is ignored: {section}.bits decides", file=sys.stderr)
         if value is not None:
             os.environ[name] = value
-    # Beside a busy process, threads that spin on while they wait, or that share a core, cost half of the rate.
+    # Beside a busy process, threads that spin while they wait, or that share a core, halve the rate.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     threads = values.get("threads")
@@ -56,18 +56,18 @@ def import_torch(section: str) -> None:
     import torch  # noqa: F401
 
     if allowed:
-        os.sched_setaffinity(0, allowed)  # OpenMP has bound this thread, too, and what it would start
+        os.sched_setaffinity(0, allowed)  # OpenMP has bound this thread too, and any it would start
 
 
 def has_avx2() -> bool:
-    """Whether this is an x86-64 CPU with AVX2 and FMA, as the CPU itself says."""
+    """Whether this is an x86-64 CPU with AVX2 and FMA, as the CPU itself reports."""
     from numpy._core._multiarray_umath import __cpu_features__ as features  # type: ignore[import-not-found]
 
     return bool(features.get("AVX2") and features.get("FMA3"))
 
 
 def _read(section: str) -> dict[str, object]:
-    """The section as it stands, unchecked; {} if there is none: the stage will say what is wrong."""
+    """The section as it stands, unchecked; {} if there is none: the stage reports what is wrong."""
     from stages.params import StageError, read_values
 
     try:
@@ -77,7 +77,7 @@ def _read(section: str) -> dict[str, object]:
 
 
 def cores() -> list[int]:
-    """The cores that this process may use, by their numbers: those of its affinity, as many as its cgroup's quota."""
+    """The numbers of the cores that this process may use: its affinity, limited to its cgroup's quota."""
     of_process = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     allowed = sorted(of_process)
     return allowed[: _quota(len(allowed))]
@@ -97,6 +97,6 @@ def _quota(most: int) -> int:
         try:
             quota, period = (place / "cpu.max").read_text().split()
             most = min(most, max(1, -(-int(quota) // int(period))))
-        except (OSError, ValueError):  # it has no limit, "max", or there is none
+        except (OSError, ValueError):  # no limit ("max"), or no such file
             continue
     return most

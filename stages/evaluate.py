@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, help="test set (safetensors)")
     parser.add_argument("model", type=Path, help="weights (safetensors)")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics to write (JSON)")
-    parser.add_argument("--per-class", type=Path, required=True, help="metrics of each class to write (JSON)")
-    parser.add_argument("--predictions", type=Path, required=True, help="of each image, to write (Parquet)")
-    parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
+    parser.add_argument("--per-class", type=Path, required=True, help="metrics per class to write (JSON)")
+    parser.add_argument("--predictions", type=Path, required=True, help="predictions to write (Parquet)")
+    parser.add_argument("--plots", type=Path, required=True, help="folder for the figures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
     check_inputs(args.dataset, args.model)
@@ -71,14 +71,14 @@ def score(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     f1 = [row["f1"] for row in score_classes(labels, predicted, range(10))]
     return {
         "test_accuracy": float((labels == predicted).mean()),
-        "test_macro_f1": math.fsum(f1) / len(f1),  # sum() rounds otherwise from Python 3.12 on
+        "test_macro_f1": math.fsum(f1) / len(f1),  # sum() rounds differently from Python 3.12 on
     }
 
 
 def score_classes(labels: np.ndarray, predicted: np.ndarray, classes: Iterable[object]) -> list[dict[str, Any]]:
     """Precision, recall and F1, 0..1, of each class, of labels and predictions (N,).
 
-    A ratio with nothing below the line is 0, as in scikit-learn's classification_report(zero_division=0).
+    A ratio with denominator 0 is 0, as in scikit-learn's classification_report(zero_division=0).
     """
     rows = []
     for label, name in enumerate(classes):
@@ -107,7 +107,7 @@ def bin_confidence(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[s
 
 
 def ece(bins: list[dict[str, float]]) -> float:
-    """Expected calibration error, 0..1: how far confidence is from accuracy, on the mean of all images.
+    """Expected calibration error, 0..1: the distance of confidence from accuracy, averaged over all images.
 
     Source: Guo et al. 2017, https://arxiv.org/abs/1706.04599.
     """
@@ -118,9 +118,9 @@ def ece(bins: list[dict[str, float]]) -> float:
 def write_predictions(
     path: Path, labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, classes: Iterable[str]
 ) -> None:
-    """Write a table of a row an image: index, label and predicted 0..9, and a column of probabilities a class.
+    """Write a table with a row per image: index, label and predicted 0..9, and the probability of each class.
 
-    Raises StageError where it cannot be written.
+    Raises StageError if it cannot be written.
     """
     table = pd.DataFrame({"index": np.arange(len(labels)), "label": labels, "predicted": predicted.astype(np.uint8)})
     content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What evaluate draws."""
+"""The figures of evaluate."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ MISTAKES = 36
 
 
 def plot_confusion(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> Figure:
-    """The share of each class's images, in percent, that is taken for each class; labels and predictions (N,)."""
+    """The percentage of each class's images predicted as each class; labels and predictions (N,)."""
     counts = np.zeros((len(classes), len(classes)))
     np.add.at(counts, (labels, predicted), 1)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -49,7 +49,7 @@ def plot_per_class(rows: Sequence[Mapping[str, float | str]]) -> Figure:
 
 
 def plot_reliability(bins: Sequence[Mapping[str, float]], ece: float) -> Figure:
-    """Accuracy against confidence, in bins of confidence, and how many images are in each."""
+    """Accuracy against confidence, in bins of confidence, and the number of images in each."""
     figure = make_figure(6, 6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     width = 1 / len(bins)
@@ -68,7 +68,7 @@ def plot_reliability(bins: Sequence[Mapping[str, float]], ece: float) -> Figure:
 
 
 def plot_mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Figure:
-    """The mistakes of the highest probability: images uint8 (N, 28, 28), labels (N,), probabilities (N, C)."""
+    """The most confident mistakes: images uint8 (N, 28, 28), labels (N,), probabilities (N, C)."""
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     wrong = np.flatnonzero(predicted != labels)
     shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]

@@ -2,8 +2,8 @@
 
     python -m stages.fetch --train data/fashion-mnist/train.safetensors --test data/fashion-mnist/test.safetensors
 
-Sources, in order: the folder FASHION_MNIST_DIR names; the folder of Debian's package dataset-fashion-mnist;
-fetch.mirrors; and, where apt-get exists, that package downloaded with it (this needs no root).
+Sources, in order: the folder named by FASHION_MNIST_DIR; the folder of Debian's package dataset-fashion-mnist;
+fetch.mirrors; and, if apt-get exists, that package downloaded with it (this needs no root).
 """
 
 import argparse
@@ -39,7 +39,7 @@ from stages.stage import StageError, hide_credentials, shorten
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 CONNECT_SECONDS, READ_SECONDS = 10, 30
-# A mirror that is slower than this many bytes in this many seconds is given up.
+# A mirror that is slower than this many bytes in this many seconds is abandoned.
 LOWEST_BYTES, LOWEST_SECONDS = 300_000, 30.0
 
 
@@ -64,7 +64,7 @@ Source = tuple[str, Callable[[File], bytes]]
 
 
 def sources(params: Fetch) -> Iterator[Source]:
-    """Yield the sources in the order in which they are tried."""
+    """Yield the sources in the order they are tried."""
     if folder := os.environ.get("FASHION_MNIST_DIR"):
         yield f"FASHION_MNIST_DIR ({folder})", partial(read, Path(folder))
     if DEBIAN_DIR.is_dir():
@@ -80,7 +80,7 @@ def sources(params: Fetch) -> Iterator[Source]:
 def fetch(params: Fetch) -> dict[str, bytes]:
     """Return the verified content of each file by its key, and print which source completed the set.
 
-    Raises StageError that names each source and its reason when all fail.
+    Raises StageError if all sources fail, with the reason of each.
     """
     wanted = {key: getattr(params.files, key) for key in type(params.files).model_fields}
     contents: dict[str, bytes] = {}
@@ -89,10 +89,10 @@ def fetch(params: Fetch) -> dict[str, bytes]:
         try:
             for key in wanted.keys() - contents.keys():
                 contents[key] = unpack(read(wanted[key]), wanted[key])
-        # requests' errors are OSErrors, a ValueError for a redirect to no address and a TypeError for a proxy without
-        # a host; urllib3's come from the body.
+        # requests raises OSErrors, a ValueError for a redirect without an address and a TypeError for a proxy without
+        # a host; urllib3's errors come from the body.
         except (StageError, OSError, ValueError, TypeError, HTTPError, subprocess.SubprocessError) as error:
-            # A proxy's address may have a password.
+            # A proxy's address may contain a password.
             failures.append(shorten(hide_credentials(f"{name}: {error}"), 600))
             print(f"not from {failures[-1]}", file=sys.stderr)
         else:
@@ -102,7 +102,7 @@ def fetch(params: Fetch) -> dict[str, bytes]:
 
 
 def read(folder: Path, file: File) -> bytes:
-    """Read a gzip file. Raises OSError where that fails, or StageError for a file that is too long, or is none."""
+    """Read a gzip file. Raises OSError if that fails, or StageError if it is too long or not a regular file."""
     path = folder / file.name
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -114,7 +114,7 @@ def read(folder: Path, file: File) -> bytes:
 def download(mirror: str, file: File) -> bytes:
     """Download a gzip file, with a progress bar on a terminal.
 
-    Raises requests.RequestException, urllib3's HTTPError or ValueError, or StageError for an answer that is too long
+    Raises requests.RequestException, urllib3's HTTPError or ValueError, or StageError for a response that is too long
     or too slow.
     """
     content = io.BytesIO()
@@ -131,8 +131,8 @@ def download(mirror: str, file: File) -> bytes:
         length = response.raw.length_remaining
         check_length(length or 0, file)
         with tqdm(desc=file.name, total=length, unit="B", unit_scale=True, disable=None) as bar:
-            # The files are gzip themselves: a server may declare that as the encoding, so take the bytes as sent.
-            # read1, as stream() waits for 64 KiB, and takes a chunk's length of any length.
+            # The files are gzip already: a server may declare that as the encoding, so take the bytes as sent.
+            # read1, since stream() waits for 64 KiB, and accepts a chunk-size line of any length.
             while chunk := response.raw.read1(1 << 16, decode_content=False):
                 content.write(chunk)
                 bar.update(len(chunk))
@@ -141,7 +141,7 @@ def download(mirror: str, file: File) -> bytes:
 
 
 def drop_redirect_body(response: requests.Response, **_: object) -> None:
-    """Drop what comes with a redirect: requests would read all of it, however long."""
+    """Drop the body of a redirect: requests would read all of it, however long."""
     if response.is_redirect and response.headers["Location"]:  # it does not follow an empty one
         response.raw.close()
         response.raw = io.BytesIO()
@@ -151,8 +151,8 @@ def drop_redirect_body(response: requests.Response, **_: object) -> None:
 def give_up_when_slow(content: io.BytesIO) -> Iterator[None]:
     """Raise StageError in this context when `content` grows by less than LOWEST_BYTES in LOWEST_SECONDS.
 
-    A timer's signal does this (in the main thread, where a stage runs), since a timeout of requests' is that of each
-    receipt: a server that sends a byte now and then, of its headers or TLS handshake as well, could go on for ever.
+    A timer signal does this (in the main thread, where a stage runs), since requests' timeout applies to each receive:
+    a server that sends a byte now and then, even of its headers or TLS handshake, could continue for ever.
     """
     seen = 0
 
@@ -192,7 +192,7 @@ class DebianPackage:
             self._run(["dpkg-deb", "-x", str(archives[0]), str(unpacked)])
         path = unpacked / DEBIAN_DIR.relative_to("/") / file.name
         if path.resolve() != path or not path.is_file():  # a link leads out of the folder, a pipe never ends
-            raise StageError(f"expected the package to have an ordinary file {file.name}, found none")
+            raise StageError(f"expected the package to have a regular file {file.name}, found none")
         return read(path.parent, file)
 
     def _run(self, command: list[str]) -> None:
@@ -203,12 +203,12 @@ class DebianPackage:
 
 
 def packed_limit(file: File) -> int:
-    """The most bytes that the gzip file can have: it adds some 0.01 % and a header to what it cannot shrink."""
+    """The most bytes that the gzip file can have: gzip adds some 0.01 % and a header to incompressible data."""
     return file.bytes + file.bytes // 1000 + 65536
 
 
 def check_length(length: int, file: File) -> None:
-    """Raise StageError where a gzip file is longer than it can be."""
+    """Raise StageError if a gzip file is longer than it can be."""
     if length > packed_limit(file):
         raise StageError(f"{file.name} is longer than the {packed_limit(file):,} bytes it can have")
 
@@ -216,7 +216,7 @@ def check_length(length: int, file: File) -> None:
 def unpack(packed: bytes, file: File) -> bytes:
     """Return the verified content of a gzip file, never holding more of it than the bytes it should have.
 
-    Raises StageError that says what was found instead.
+    Raises StageError with what was found instead.
     """
     if packed[:2] != b"\x1f\x8b":
         raise StageError(f"{file.name} is not a gzip file: it starts with {packed[:24]!r}")
@@ -237,7 +237,7 @@ def unpack(packed: bytes, file: File) -> bytes:
 def parse_idx(content: bytes, dimensions: int) -> np.ndarray:
     """Parse an IDX file of unsigned bytes: uint8 array of `dimensions` dimensions.
 
-    Raises StageError where the header does not fit the content.
+    Raises StageError if the header does not match the content.
     Source: http://yann.lecun.com/exdb/mnist/, "the IDX file format".
     """
     header = 4 + 4 * dimensions

@@ -12,13 +12,13 @@ DARK, MIDDLE, LIGHT = "#222222", "#7f7f7f", "#cfcfcf"
 
 
 def make_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, in matplotlib's own style whatever the user's is, since its bytes are an out."""
+    """An empty figure, in inches, in matplotlib's default style whatever the user's, since its bytes are an out."""
     matplotlib.rcdefaults()
     return Figure((width, height), layout="constrained")
 
 
 def write_png(path: Path, figure: Figure) -> None:
-    """Write a figure. Raises StageError where the file cannot be written."""
+    """Write a figure. Raises StageError if the file cannot be written."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=100, metadata={"Software": None})
     write(path, stream.getvalue())

@@ -1,6 +1,6 @@
 """The schema of params.yaml: every value is checked before a stage does anything.
 
-No stage names this module in its deps. That is sound because it only checks: it has no defaults and derives
+No stage lists this module in its deps. That is sound because it only checks: it has no defaults and derives
 nothing, and DVC tracks the values themselves.
 """
 
@@ -19,20 +19,20 @@ from stages.stage import StageError, shorten
 
 PATH = Path("params.yaml")
 MAX_BYTES, MAX_DEPTH = 100_000, 20  # far above what the schema can need
-SHOWN = 20  # mistakes that are told one by one
+SHOWN = 20  # mistakes listed one by one
 
 
 def _check_url(url: str) -> str:
-    """Raise ValueError for what may hold a secret: git keeps this file, and MLflow shows it."""
+    """Raise ValueError if the URL may contain a secret: git keeps this file, and MLflow shows it."""
     if not re.fullmatch(r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[\w.~!$&'()*+,;=:@%/-]*)?", url, re.ASCII):
         raise ValueError(
-            "an http or https address without user and password (requests takes them from ~/.netrc), query and fragment"
+            "an http or https address without user and password (requests takes them from ~/.netrc), query or fragment"
         )
     return url
 
 
 def _check_classes(classes: list[str]) -> list[str]:
-    """Raise ValueError unless the names, beside those that have a meaning already, can be columns of one table."""
+    """Raise ValueError unless the names and the reserved ones can be columns of one table."""
     if len({*classes, *RESERVED}) != len(classes) + len(RESERVED):
         raise ValueError(f"names that differ from each other and from {', '.join(RESERVED)}")
     return classes
@@ -42,11 +42,11 @@ RESERVED = ("class", "index", "label", "predicted")  # the other columns of pred
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # many thousands end the process: OpenMP cannot start them
-# Lists are kept short enough for a param of MLflow, 6,000 characters of JSON.
+# Lists are kept short enough for an MLflow param, 6,000 characters of JSON.
 Url = Annotated[str, StringConstraints(max_length=500), AfterValidator(_check_url)]
 FileName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]  # no folder: it is joined to one
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-# Printable words, with a space between: \p{C} is what Unicode calls other (control characters), \p{Z} separators.
+# Printable words, with a space between: \p{C} is Unicode's category Other (control characters), \p{Z} separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[^\p{C}\p{Z}]+( [^\p{C}\p{Z}]+)*$", max_length=40)]
 Device = Literal["auto", "cuda", "cpu"]
 Bits = Literal["portable", "native"]
@@ -121,15 +121,17 @@ def read_params(path: Path = PATH) -> Params:
 
 
 def read_values(path: Path = PATH) -> Any:
-    """Read what the file says, as DVC reads it, unchecked. Raises StageError for a file that is not YAML."""
+    """Read the file as DVC does, unchecked. Raises StageError if it is not YAML."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise StageError(f"{path}: expected at most {MAX_BYTES:,} bytes, found more; `git checkout {path}` helps")
+            raise StageError(
+                f"{path}: expected at most {MAX_BYTES:,} bytes, found more; `git checkout {path}` restores it"
+            )
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise StageError(f"cannot read {path}: {error}; `git checkout {path}` brings it back") from None
+        raise StageError(f"cannot read {path}: {error}; `git checkout {path}` restores it") from None
     yaml = YAML(typ="safe")  # YAML 1.2
     try:
         _check_structure(path, yaml, text)
@@ -140,15 +142,15 @@ def read_values(path: Path = PATH) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise StageError(f"{path} is not YAML: {where}{shorten(getattr(error, 'problem', None) or error)}") from None
-    except Exception as error:  # whatever int(), float(), date() and the like say of a value: ruamel lets it through
+    except Exception as error:  # whatever int(), float(), date() and the like raise on a value: ruamel lets it through
         reason = shorten(f"{type(error).__name__}: {error}")
         raise StageError(f"{path} has a value that cannot be read ({reason}); `git diff {path}` may show it") from None
 
 
 def _check_structure(path: Path, yaml: YAML, text: str) -> None:
-    """Raise StageError for what makes a small file huge or endless once it is read.
+    """Raise StageError for structures that make a small file huge or endless once it is read.
 
-    That is deep nesting, and mappings and lists that are repeated in each other by aliases ("billion laughs").
+    These are deep nesting, and mappings and lists repeated in each other by aliases ("billion laughs").
     """
     depth = 0
     for event in yaml.parse(text):
@@ -159,7 +161,7 @@ def _check_structure(path: Path, yaml: YAML, text: str) -> None:
                 raise StageError(f"{where}: expected mappings and lists at most {MAX_DEPTH} deep, found more")
             if event.anchor is not None:
                 raise StageError(
-                    f"{where}: expected anchors (&) on single values alone, found {shorten(event.anchor, 40)} on more"
+                    f"{where}: expected anchors (&) on single values only, found {shorten(event.anchor, 40)} on more"
                 )
         elif isinstance(event, CollectionEndEvent):
             depth -= 1
@@ -175,7 +177,7 @@ def _describe(mistake: dict[str, Any]) -> str:
             return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
         case "model_type":
             expected = "a mapping of keys to values"
-        case "value_error":  # of the functions above
+        case "value_error":  # from the functions above
             expected = str(mistake["ctx"]["error"])
         case _:
             message = mistake["msg"].removeprefix("Input ").removeprefix("should be ").removeprefix("should ")
@@ -183,8 +185,8 @@ def _describe(mistake: dict[str, Any]) -> str:
     try:
         found = repr(mistake["input"])
     except ValueError:  # an integer in hexadecimal, which may be longer than Python writes in decimal
-        found = "a number of thousands of digits"
-    if key.startswith("fetch.mirrors"):  # where secrets may be, which are not for a log
+        found = "a number with thousands of digits"
+    if key.startswith("fetch.mirrors"):  # which may contain secrets, not to be logged
         found = re.sub(r"//.*@", "//***@", re.sub(r"[?#].*", "***", found))
     return f"{key}: expected {expected}, found {shorten(found, 80)}"
 

@@ -1,7 +1,7 @@
 """Trainings of one user on one host take turns for the CPU cores that they need.
 
-Where two share cores, each takes many times as long: the threads of one wait for each other, at every operation, while
-those of the other have the cores.
+If two share cores, each takes many times as long: the threads of one wait for each other, at every operation, while
+the other's have the cores.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ POLL_SECONDS = 0.1
 def turn(threads: int) -> Iterator[None]:
     """Hold a core for each thread, or all cores if there are fewer, while the block runs; wait until they are free.
 
-    Byte N of a file in the folder of temporary files, locked, is core N. The kernel frees it when the process ends,
-    however it ends, and its children do not inherit it. If the file cannot be used, a line says so, and nobody waits.
+    A lock on byte N of a file in the temporary folder stands for core N. The kernel frees it when the process ends,
+    however it ends, and children do not inherit it. If the file cannot be used, a warning says so and nobody waits.
     """
     path = Path(os.environ.get("TMPDIR") or "/tmp", f"training-cores-{os.getuid()}")
     with contextlib.ExitStack() as stack:
@@ -40,7 +40,7 @@ def turn(threads: int) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """Open the file for locks. Raises OSError if it cannot be opened, or is not a file of this user."""
+    """Open the lock file. Raises OSError if it cannot be opened, or is not a file of this user."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():

@@ -60,7 +60,7 @@ def test_a_cpu_that_cannot_give_portable_bits_is_left_its_own_with_a_line(
     cpu.import_torch("train")
     assert not {*env} & {*cpu.PORTABLE}
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: train.bits: portable needs an x86-64 CPU with AVX2, and this is another; ")
+    assert line.startswith("warning: train.bits: portable needs an x86-64 CPU with AVX2, which this is not; ")
     set_bits("native")
     cpu.import_torch("train")
     assert capsys.readouterr().err == ""

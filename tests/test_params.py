@@ -65,9 +65,9 @@ def test_the_project_s_own_params_are_valid() -> None:
         (
             "seed: 0",
             f"seed: 0x{'f' * 5000}",
-            ["train.seed: expected less than 4294967296, found a number of thousands"],
+            ["train.seed: expected less than 4294967296, found a number with thousands"],
         ),
-        ("train:\n", "train: &a\n", ["expected anchors (&) on single values alone, found a on more"]),
+        ("train:\n", "train: &a\n", ["expected anchors (&) on single values only, found a on more"]),
         ("evaluate:\n", "evaluate: none\nother:\n", ["evaluate: expected a mapping", "other: unknown key"]),
     ],
 )
