@@ -1,4 +1,4 @@
-# What people type. Each target sets up what it needs: `make repro` is all that a fresh clone takes.
+# The commands that people type. Each target sets up what it needs: a fresh clone needs only `make repro`.
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -22,11 +22,11 @@ stress: .venv/installed  ## run the long forms of the reliability tests: kills, 
 	@pytest --stress tests/test_kills.py tests/test_checkpoint.py tests/test_faults.py tests/test_bad_input.py \
 		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py tests/test_same_bits.py
 
-bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else at work
+bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else running
 	@dvc repro fetch
 	@python -m benchmarks.run
 
-gpu: .venv/installed  ## measure and test on a GPU all that needs one: 8 minutes
+gpu: .venv/installed  ## measure and test everything that needs a GPU: 8 minutes
 	@dvc repro fetch
 	@python -m benchmarks.gpu
 
@@ -44,11 +44,11 @@ lint: .venv/installed  ## check style and types
 	@ruff format --check .
 	@mypy
 
-format: .venv/installed  ## put the code into its standard form
+format: .venv/installed  ## format the code
 	@ruff check --fix-only .
 	@ruff format .
 
-lock: .venv/installed  ## compile requirements.in into requirements.txt, with newer versions where there are any
+lock: .venv/installed  ## compile requirements.in into requirements.txt, with the newest versions
 	@uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" requirements.in --output-file requirements.txt
 
@@ -56,8 +56,8 @@ lock: .venv/installed  ## compile requirements.in into requirements.txt, with ne
 git:
 	@command -v git >/dev/null || { echo "error: expected git, found none; install it (Debian: apt-get install git)" >&2; exit 1; }
 
-# uv installs; its own pinned version and hashes are those of requirements.txt. Compiling to bytecode once saves
-# some 10 s in each run where Python is not allowed to do so itself.
+# uv installs; its own version and hashes are pinned in requirements.txt. Compiling to bytecode once saves some 10 s in
+# each run if Python may not do so itself.
 .venv/installed: requirements.txt pyproject.toml | git
 	@command -v $(PYTHON) >/dev/null || { echo "error: expected $(PYTHON), found none; install Python 3.11 to 3.13, or name yours: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: expected Python 3.11 to 3.13, found $$($(PYTHON) -V 2>&1); install one and name it: make PYTHON=python3.12" >&2; exit 1; }
