@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro test stress bench gpu ui sync audit lint format lock
+.PHONY: help repro test stress bench gpu picture ui sync audit lint format lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -29,6 +29,9 @@ bench: .venv/installed  ## measure the pipeline against a plain PyTorch program:
 gpu: .venv/installed  ## measure and test everything that needs a GPU: 8 minutes
 	@dvc repro fetch
 	@python -m benchmarks.gpu
+
+picture: .venv/installed  ## draw the README's picture from real output
+	@python docs/picture.py
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000 (MLFLOW_PORT=5001 for another port)
 	@dvc-mlflow ui --port $(MLFLOW_PORT)

@@ -220,18 +220,34 @@ def test_an_experiment_runs_what_its_change_affects_and_shows_its_values(project
     assert metrics == json.loads((project.folder / "metrics/evaluate.json").read_text())
 
 
-def test_the_readme_names_every_make_target() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_docs_name_every_make_target() -> None:
     targets = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets
-    for target in targets:
-        assert f"make {target}" in readme
+    assert [target for target in targets if f"make {target}" not in DOCS] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{target}#{anchor}"
 
 
 def test_the_tests_that_hold_a_promise_are_there() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    readme, security = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "SECURITY.md"))
-    files, names = re.findall(r"tests/test_\w+\.py", readme + security), re.findall(r"`(test_\w+)…?`", security)
+    files, names = re.findall(r"tests/test_\w+\.py", DOCS), re.findall(r"`(test_\w+)…?`", DOCS)
     assert files
     assert names
     assert [path for path in files if not (ROOT / path).exists()] == []
@@ -239,8 +255,8 @@ def test_the_tests_that_hold_a_promise_are_there() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(path.stem for path in (ROOT / "commands").glob("[a-z]*.py")))
-def test_each_command_stands_in_the_readme_and_its_help_has_examples(command: str, finished_project: Project) -> None:
-    assert f"python -m commands.{command}" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_each_command_is_documented_and_its_help_has_examples(command: str, finished_project: Project) -> None:
+    assert f"python -m commands.{command}" in DOCS
     tree = ast.parse((ROOT / "commands" / f"{command}.py").read_text(encoding="utf-8"))
     assert f"python -m commands.{command}" in (ast.get_docstring(tree) or ""), "the help is the docstring"
     assert f"python -m commands.{command}" in finished_project.command(command, "--help").stdout

@@ -1,4 +1,4 @@
-"""However DVC came to its results, MLflow shows the right record: a row of the README's table each."""
+"""However DVC came to its results, MLflow shows the right record: a row of the table in docs/mlflow.md each."""
 
 import json
 import time
@@ -13,19 +13,19 @@ from stages.stage import md5
 WAYS = {
     "`dvc repro`": "a run for each stage that ran",
     "`dvc repro` after a revert, from the run cache": "no new run: existing runs cover these outputs",
-    "`dvc repro` after a kill": "the killed run goes on, with the tag `resumed`",  # tests/test_kills.py
+    "`dvc repro` after a kill": "the killed run continues, with the tag `resumed`",  # tests/test_kills.py
     "`dvc exp run`": "a run for each stage that ran, under the experiment's name, with its baseline commit",
     "`dvc exp run --temp`, `--queue` with `dvc queue start -j 4`": "the same, in the real project's store",
-    "`dvc exp apply`": "no new run: the experiment's own are of these bytes",
+    "`dvc exp apply`": "no new run: the experiment's runs cover these outputs",
     "`dvc pull` in a fresh clone": "a `restored` run for each stage, at the next stage that runs or `make sync`",
     "anything, then a new store": "a `restored` run for each stage, at the next stage that runs or `make sync`",
 }
 
 
-def test_the_readme_has_this_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_have_this_table() -> None:
+    page = (ROOT / "docs/mlflow.md").read_text(encoding="utf-8")
     for way, shown in WAYS.items():
-        assert f"| {way} | {shown} |" in readme
+        assert f"| {way} | {shown} |" in page
 
 
 def agree(project: Project) -> bool:
