@@ -1,5 +1,6 @@
-"""Draw docs/picture.svg, the README's picture, from what these commands print: python docs/picture.py, or make picture."""
+"""Draw docs/picture.svg, the README's picture, from what these commands print: make picture."""
 
+import io
 import os
 import subprocess
 import sys
@@ -18,7 +19,10 @@ fetch  ──►  train  ──►  evaluate            DVC runs only what a cha
 """
 # Each command, and the beginnings of the lines of its output that are shown; all of them if there are none.
 COMMANDS = (
-    ("dvc exp run --temp --name slower -S train.lr=0.005", ("Stage 'fetch'", "Running stage", "epoch", "test accuracy")),
+    (
+        "dvc exp run --temp --name slower -S train.lr=0.005",
+        ("Stage 'fetch'", "Running stage", "epoch", "test accuracy"),
+    ),
     ("python -m commands.compare main slower", ()),
 )
 # Rich's own format loads a font from the network.
@@ -45,7 +49,7 @@ FORMAT = """\
 
 def main() -> None:
     """Run the commands in the project, and draw."""
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(PIPELINE, highlight=False)
     for command, beginnings in COMMANDS:
         console.print(Text(f"$ {command}", style="bold green"))
