@@ -118,6 +118,7 @@ class Content:
     curves: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # by column and step
     artifacts: Mapping[str, str] = field(default_factory=dict)  # path: hash
     models: Mapping[str, str] = field(default_factory=dict)  # name: hash
+    absent: tuple[str, ...] = ()  # plots without numbers, such as images, that cannot be had
     problems: tuple[str, ...] = ()  # what cannot be shown, one line each
 
 
@@ -191,7 +192,7 @@ def content_of(execution: Execution, files: Files) -> Content:
     tags["dvc.execution"] = execution.id
     models = {name: leaves[path] for name, path in declared.models.items() if path in leaves}
     kept = {*declared.models.values(), *declared.datasets.values()}
-    artifacts = {}
+    artifacts, absent = {}, []
     for path, digest in leaves.items():
         if any(inside(path, one) for one in kept):
             continue
@@ -200,9 +201,13 @@ def content_of(execution: Execution, files: Files) -> Content:
             continue
         if files.find(path, digest, None if shown else SMALL_BYTES):
             artifacts[path] = digest
-        elif shown:
+        elif shown and (path in declared.metrics or PurePosixPath(path).suffix in TABLES):
             raise MissingBytes(path)
-    return Content(start.params, tags, start.datasets, metrics, curves, artifacts, models, tuple(problems))
+        elif shown:
+            absent.append(path)
+    return Content(
+        start.params, tags, start.datasets, metrics, curves, artifacts, models, tuple(absent), tuple(problems)
+    )
 
 
 def metric_names(execution: Execution, files: Files) -> list[str]:
@@ -291,18 +296,16 @@ def read_curves(plot: Curves, data: bytes) -> tuple[dict[str, dict[int, float]],
         return {}, f"{plot.path}: expected a table, found something else ({type(error).__name__}); no curves shown"
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
-        step = _number(row.get(plot.x)) if isinstance(row, dict) else None
-        if step is None or step != int(step):
-            return {}, f"{plot.path}: expected a whole number as {plot.x}, found {_shown(row, plot.x)}; no curves shown"
+        if not isinstance(row, dict) or row.get(plot.x) is None:
+            return {}, f"{plot.path}: expected a whole number as {plot.x}, found none; no curves shown"
+        step = _number(row[plot.x])
+        if step is None or not step.is_integer():  # a plot of another kind, such as a ROC curve
+            return {}, ""
         for column in plot.columns or [key for key in row if key not in (plot.x, None)]:
             value = _number(row.get(column))
             if value is not None:
                 curves.setdefault(column, {})[int(step)] = stored(value)
     return curves, ""
-
-
-def _shown(row: Any, x: str) -> str:
-    return repr(row[x])[:40] if isinstance(row, dict) and x in row else "none"
 
 
 def _number(value: Any) -> float | None:

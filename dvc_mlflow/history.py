@@ -1,6 +1,7 @@
 """Record a project's history: the executions of all commits and experiments, each once, as of the first that has it."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from dvc_mlflow.execution import Execution, MissingBytes
 from dvc_mlflow.project import Owners, Project, Unprovable
 from dvc_mlflow.revision import Commit, Known, Revision
-from dvc_mlflow.store import Store, describe
+from dvc_mlflow.store import ABSENT, Store, describe
 from dvc_mlflow.sync import experiments, own_executions
 from dvc_mlflow.text import UserError, one_line
 
@@ -113,7 +114,8 @@ class History:
                         if alone and found and (wanted is None or alone.id in wanted):
                             missing |= self._record(there, alone, found, experiment)
         except UserError as error:
-            self._unreadable.setdefault(str(error).rpartition("; ")[0] or str(error), []).append(commit)
+            line = re.sub(r" in revision '\w+'", "", str(error).rpartition("; ")[0] or str(error))
+            self._unreadable.setdefault(line, []).append(commit)
 
     def _owners_of(self, commit: Commit) -> Owners | None:
         if not commit.experiment:
@@ -132,7 +134,8 @@ class History:
         try:
             if isinstance(found, Unprovable):
                 raise found
-            if not self._store.find(found, experiment):
+            known = self._store.find(found, experiment)
+            if known is None or ABSENT in known.data.tags:
                 _, made = self._store.record(found, experiment)
                 self.made += made
         except (Unprovable, MissingBytes) as error:

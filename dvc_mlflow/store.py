@@ -69,6 +69,7 @@ PATCH = "code.patch"  # the artifact of a run from a dirty tree
 EXECUTION = "execution.json"  # the artifact with the execution itself
 CLAIM = "dvc.execution"  # the tag that names the execution a run shows
 MISTAKEN = "dvc.mistaken."  # and the hash of a dvc.lock entry that never ran: a tag of the run that did
+ABSENT = "dvc.absent"  # the images that could not be had when the run was recorded: sync adds them when it can
 CLAIM_SECONDS = 30  # how long to wait for another run that claims an execution
 HOST = socket.gethostname()
 
@@ -329,7 +330,8 @@ class Store:
             run_id,
             [*missing, *self._new_metrics(run, content, model_id, now)],
             {key: value for key, value in content.params.items() if key not in run.data.params},
-            {key: value for key, value in content.tags.items() if run.data.tags.get(key) != value and key != CLAIM},
+            {key: value for key, value in content.tags.items() if run.data.tags.get(key) != value and key != CLAIM}
+            | _absent_tag(content),
         )
         self._contents = {**dict(list(self._contents.items())[-20:]), run_id: content}
         return content.problems
@@ -543,6 +545,7 @@ class Store:
         """
         if found := self.find(execution, experiment):
             self.show_on_parent(found, execution)
+            self._add_absent(found, execution)
             return found, False
         for one in (*execution.upstream, execution):
             if self._is_mistaken(one):
@@ -551,6 +554,18 @@ class Store:
         self.problems += content.problems
         with interrupts_held():
             return self._make(execution, experiment, content), True
+
+    def _add_absent(self, run: Run, execution: Execution) -> None:
+        """Add the images that could not be had when the run was recorded, if they can now."""
+        if ABSENT not in run.data.tags:
+            return
+        with contextlib.suppress(MissingBytes):
+            content = content_of(execution, self.project)
+            if _absent_tag(content) != {ABSENT: run.data.tags[ABSENT]}:
+                self._log_files(run.info.run_id, execution, content)
+                self.client.delete_tag(run.info.run_id, ABSENT)
+                for key, value in _absent_tag(content).items():
+                    self.client.set_tag(run.info.run_id, key, value)
 
     def _make(self, execution: Execution, experiment: str | None, content: Content) -> Run:
         """Create the run of a finished execution, continuing a killed run if there is one."""
@@ -936,6 +951,10 @@ def _pinned(package: str) -> str:
         return f"{package}=={importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return package
+
+
+def _absent_tag(content: Content) -> dict[str, str]:
+    return {ABSENT: valid_value(", ".join(content.absent))} if content.absent else {}
 
 
 def _mistaken_tag(execution: Execution) -> str:

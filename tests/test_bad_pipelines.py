@@ -15,6 +15,8 @@ import pytest
 from conftest import environment, execute, make_project
 from mlflow.entities import Run
 
+from stages.stage import md5
+
 HERE = {"GIT_AUTHOR_NAME": "Ada", "GIT_AUTHOR_EMAIL": "ada@example.org"}
 HERE |= {key.replace("AUTHOR", "COMMITTER"): value for key, value in HERE.items()}
 PIPELINE = """
@@ -427,6 +429,38 @@ def test_curves_without_their_x_are_named_and_cost_no_record(pipeline: Pipeline)
     line = "history.csv: expected a whole number as epoch, found none; no curves shown"
     assert line in pipeline.run("dvc-mlflow", "sync")
     assert len(pipeline.rows()) == 2
+
+
+@pytest.mark.parametrize("x", ["0.5", "inf", "nan", "a word"])
+def test_a_plot_whose_x_is_no_whole_number_is_an_artifact_alone(pipeline: Pipeline, x: str) -> None:
+    pipeline.write("fit.sh", f'grep rate params.yaml > model.txt; printf "epoch,loss\\n{x},1\\n" > history.csv')
+    pipeline.run("dvc", "repro")
+    assert "history.csv" not in pipeline.run("dvc-mlflow", "sync")
+    (fit,) = [run for run in pipeline.runs() if run.data.tags["stage"] == "fit"]
+    assert "loss" not in fit.data.metrics
+    assert (pipeline.folder / "mlartifacts" / fit.info.run_id / "artifacts/history.csv").exists()
+
+
+def test_an_image_that_cannot_be_had_costs_no_record_and_is_added_later(pipeline: Pipeline) -> None:
+    text = PIPELINE.format(prefix="").replace(
+        "metrics: [score.yaml]", "metrics: [score.yaml]\n    plots: [picture.png]"
+    )
+    pipeline.write("dvc.yaml", text.replace("> score.yaml", "> score.yaml; echo picture > picture.png"))
+    pipeline.run("dvc", "repro")
+    picture = pipeline.folder / "picture.png"
+    cached = pipeline.folder / ".dvc/cache/files/md5" / md5(picture)[:2] / md5(picture)[2:]
+    kept = cached.rename(pipeline.folder / "kept")
+    picture.unlink()
+    pipeline.run("dvc-mlflow", "sync")
+    (score,) = [run for run in pipeline.runs() if run.data.tags["stage"] == "score"]
+    assert (score.data.metrics, score.data.tags["dvc.absent"]) == ({"score": 8.0}, "picture.png")
+    kept.rename(cached)
+    assert "picture.png" in pipeline.run("dvc-mlflow", "audit", "--all", code=1)
+    pipeline.run("dvc", "checkout", "-q")
+    pipeline.run("dvc-mlflow", "sync")
+    pipeline.run("dvc-mlflow", "audit", "--all")
+    (score,) = [run for run in pipeline.runs() if run.data.tags["stage"] == "score"]
+    assert "dvc.absent" not in score.data.tags
 
 
 def test_bytes_that_are_gone_are_named_and_sync_fails(pipeline: Pipeline) -> None:
