@@ -72,9 +72,14 @@ class Project:
     def at_this_revision(self) -> "Project":
         """The project in the commit that DVC is switched to (`repo.switch`)."""
         there = copy.copy(self)
-        there.__dict__.pop("stages", None)
-        there._locks, there._executions = {}, {}
+        there.forget()
         return there
+
+    def forget(self) -> None:
+        """Read again what depends on the revision that DVC looks at."""
+        for name in ("stages", "_outs", "_deps"):
+            self.__dict__.pop(name, None)
+        self._locks, self._executions = {}, {}
 
     # What dvc.yaml declares
 
@@ -132,6 +137,19 @@ class Project:
     def outs(self, stage: PipelineStage) -> list[str]:
         """Paths of all outs, including metrics and plots."""
         return [self.path(stage, out.def_path) for out in stage.outs]
+
+    @cached_property
+    def _outs(self) -> dict[str, list[str]]:
+        """The outs of each stage, by its address."""
+        return {address: self.outs(stage) for address, stage in self.stages.items()}
+
+    @cached_property
+    def _deps(self) -> dict[str, list[str]]:
+        """The deps of each stage, by its address, without its params."""
+        return {
+            address: [self.path(stage, dep.def_path) for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+            for address, stage in self.stages.items()
+        }
 
     def declared(self, stage: PipelineStage, deps: list[str], outs: list[str]) -> Declared:
         """What dvc.yaml declares about these files of a stage."""
@@ -208,12 +226,7 @@ class Project:
     def _prefix(self, stage: PipelineStage, deps: list[str]) -> str:
         """The prefix of the stage's metrics if other stages read the same model; "" if none do."""
         read = [path for path in self.model_paths().values() if path in deps]
-        readers = {
-            address
-            for address, other in self.stages.items()
-            for dep in other.deps
-            if not isinstance(dep, ParamsDependency) and self.path(other, dep.def_path) in read
-        }
+        readers = [address for address, paths in self._deps.items() if any(path in read for path in paths)]
         return self.address(stage) if len(readers) > 1 else ""
 
     # What dvc.lock records, and what is about to run
@@ -368,7 +381,7 @@ class Project:
 
     def _makers(self, path: str) -> list[str]:
         """The stages with an out that is this path, contains it, or is inside it."""
-        return [address for address, stage in self.stages.items() if any(meet(path, out) for out in self.outs(stage))]
+        return [address for address, outs in self._outs.items() if any(meet(path, out) for out in outs)]
 
     def made(self, execution: Execution, path: str, digest: str) -> bool:
         """Whether the execution made the bytes with this hash at this path, or its part of them."""

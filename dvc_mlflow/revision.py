@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from dvc.dependency import ParamsDependency
-from dvc.dvcfile import PROJECT_FILE
+from dvc.dvcfile import PROJECT_FILE, ProjectFile
 from dvc.exceptions import DvcException
 from dvc.repo.index import Index
 from dvc.stage import PipelineStage, Stage
@@ -62,10 +62,9 @@ class Revision(Project):
     def of(cls, project: Project, commit: Commit, known: Known) -> "Revision":
         """The project in the commit that DVC is switched to."""
         there = copy.copy(project)
-        there.__dict__.pop("stages", None)
+        there.forget()
         there.__class__ = cls
         assert isinstance(there, Revision)
-        there._locks, there._executions = {}, {}
         there._current, there._blobs = {}, {}
         there.commit, there._known = commit, known
         return there
@@ -76,7 +75,19 @@ class Revision(Project):
         files = [posixpath.join(self.repo.root_dir, path) for path, _ in self.commit.pipeline]
         files = [path for path in files if posixpath.basename(path) == PROJECT_FILE]
         own = [path for path in files if not self.repo.dvcignore.is_ignored(self.repo.fs, path, ignore_subrepos=True)]
-        return Index.from_indexes(self.repo, (Index.from_file(self.repo, path) for path in sorted(own)))
+        return Index.from_indexes(self.repo, map(self._read_index, sorted(own)))
+
+    def _read_index(self, path: str) -> Index:
+        """What a dvc.yaml declares, as Index.from_file has it; dvc.lock, which may be long, is read once."""
+        dvcfile = ProjectFile(self.repo, path)
+        self._locks[path] = dict(dvcfile.lockfile_contents.get("stages") or {})
+        return Index(
+            self.repo,
+            stages=list(dvcfile.stages.values()),
+            metrics={path: dvcfile.metrics},
+            plots={path: dvcfile.plots},
+            artifacts={path: dvcfile.artifacts},
+        )
 
     # When, by whom, of which code
 
