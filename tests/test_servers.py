@@ -2,11 +2,9 @@
 
 import http.server
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,8 @@ from typing import NamedTuple
 import mlflow
 import pytest
 from conftest import Project, Store, copy, environment, free_port, ran, wait_for_server
+
+from benchmarks.store import postgres as start_postgres
 
 STAGES = ("fetch", "train", "evaluate")
 
@@ -181,29 +181,11 @@ def test_a_read_only_store_costs_one_warning(project: Project) -> None:
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     """The address of a database in a PostgreSQL of its own, which listens on loopback."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    bin_folder, port = found[-1].parent, free_port()
-    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
-    # Not below pytest's folder, which each start of pytest closes to other users.
-    with tempfile.TemporaryDirectory() as folder:
-        if user:
-            shutil.chown(folder, user)
-
-        def run(program: str, *arguments: str) -> None:
-            command = [str(bin_folder / program), *arguments]
-            subprocess.run(
-                command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, user=user
-            )
-
-        data = f"{folder}/data"
-        run("initdb", "-D", data, "-U", "mlflow", "--auth", "trust")
-        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
-        run("pg_ctl", "-D", data, "-l", f"{folder}/log", "-o", options, "--wait", "start")
-        run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow")
-        yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
-        run("pg_ctl", "-D", data, "--mode", "immediate", "stop")
+    try:
+        with start_postgres() as create:
+            yield create("mlflow")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project, postgres: str, tmp_path: Path) -> None:

@@ -658,7 +658,7 @@ class Walk:
             before = self.dump()
             again, second = self.sync()
             assert self.dump() == before, f"the second sync changed something: {again}"
-            assert code == second and not re.search("as run|closed", "\n".join(again)), again
+            assert code == second and not re.search("recorded as run|closed", "\n".join(again)), again
         rows = self.rows()
         assert {row.status for row in rows} <= {"FINISHED", "KILLED", "FAILED"}, "a run is RUNNING, of no process"
         finished = [row for row in rows if row.status == "FINISHED"]
