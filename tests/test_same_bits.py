@@ -91,8 +91,8 @@ def test_a_cpu_without_avx2_trains_and_says_that_its_bits_differ(project: Projec
     if not stress:
         pytest.skip("the long form: --stress")
     commands = [arguments(project, stage) for stage in ("train", "evaluate")]
-    known = {"OPENBLAS_CORETYPE": "Sandybridge"}  # NumPy's OpenBLAS takes the emulated one for a Haswell
     emulated = ("qemu-x86_64", "-cpu", "SandyBridge", sys.executable)
-    result = project.run(*emulated, "-c", STAGES, *commands, warns=True, **known)
+    # NumPy's OpenBLAS would take the emulated CPU for a Haswell.
+    result = project.run(*emulated, "-c", STAGES, *commands, warns=True, OPENBLAS_CORETYPE="Sandybridge")
     assert "epoch 3/3" in result.stdout
     assert "warning: train.bits: portable needs an x86-64 CPU with AVX2, which this is not" in result.stderr
