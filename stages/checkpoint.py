@@ -28,6 +28,21 @@ from stages.stage import StageError, write
 if TYPE_CHECKING:
     from stages.params import Train
 
+# The modules that decide the result: those of train's deps.
+CODE = (
+    "checkpoint.py",
+    "cpu.py",
+    "dataset.py",
+    "device.py",
+    "figure.py",
+    "lenet.py",
+    "stage.py",
+    "train.py",
+    "training.py",
+    "training_step.py",
+    "turns.py",
+)
+HERE = Path(__file__).parent
 FOLDER = Path(".dvc", "tmp", "checkpoints")  # DVC keeps this .dvc/tmp out of git
 
 
@@ -87,8 +102,6 @@ class Checkpoint:
 
 def _key(params: "Train", dataset: Dataset, device: torch.device) -> str:
     """SHA-256 of all that decides the result."""
-    folder = Path(__file__).parent
-    files = {Path(module.__file__ or "") for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     hardware: object = dict(torch.cpu.get_capabilities())  # PyTorch chooses its kernels by these
     if device.type == "cuda":
         hardware = [torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]
@@ -96,7 +109,7 @@ def _key(params: "Train", dataset: Dataset, device: torch.device) -> str:
         "params": {key: value for key, value in vars(params).items() if key != "checkpoint_epochs"},
         "data": [hashlib.sha256(part.tobytes()).hexdigest() for part in (dataset.images, dataset.labels)],
         "classes": dataset.classes,
-        "code": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.parent == folder},
+        "code": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in CODE},
         "versions": [torch.__version__, np.__version__],
         "hardware": hardware,
     }

@@ -85,7 +85,7 @@ def check_inputs(*paths: Path) -> None:
         found = md5(path) if path.exists() else "nothing"
         if expected not in (None, found):
             cached = cache_path(expected)
-            cure = remove(path, cached) if is_damaged(cached) else remove(path)
+            cure = removal_command(path, cached) if is_damaged(cached) else removal_command(path)
             raise StageError(
                 f"{path}: expected MD5 {expected}, as dvc.lock says, found {found}; `{cure}`, then `dvc repro`"
             )
@@ -110,7 +110,7 @@ def is_damaged(cached: Path) -> bool:
     return cached.exists() and md5(cached) != cached.parent.name + cached.name
 
 
-def remove(*paths: Path) -> str:
+def removal_command(*paths: Path) -> str:
     """The command that removes these files."""
     return shlex.join(["rm", "-f", *map(str, paths)])
 
@@ -181,7 +181,10 @@ def _restore_outs(name: str) -> None:
                 for out in stage.outs:
                     cached = out.hash_info and Path(repo.cache.local.oid_to_path(out.hash_info.value))
                     if cached and is_damaged(cached):
-                        print(f"did not put back {out}: DVC's copy is damaged; `{remove(cached)}`", file=sys.stderr)
+                        print(
+                            f"did not put back {out}: DVC's copy is damaged; `{removal_command(cached)}`",
+                            file=sys.stderr,
+                        )
                     elif cached and cached.exists():
                         write(Path(out.fs_path), cached.read_bytes())
     except (DvcException, OSError, StageError) as error:

@@ -22,7 +22,7 @@ class Step:
     """
 
     def __init__(self, model: LeNet, images: Tensor, labels: Tensor) -> None:
-        """Train `model` on images uint8 (N, 28, 28) with labels int64 (N,), on the device where all of them are."""
+        """Train `model` on images uint8 (N, *shape) with labels int64 (N,), on the device where all of them are."""
         self.model, self.images, self.labels = model, images, labels
         device = images.device
         # A tensor, so that a CUDA graph can read it: float32 there, float64 on CPU, as if it were a Python number.

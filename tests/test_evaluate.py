@@ -28,7 +28,7 @@ def test_scores_equal_scikit_learn_s(missing: int | None) -> None:
         labels[labels == missing] = missing + 1
         predicted[predicted == missing] = missing + 1
     all_labels = list(range(10))
-    scores = score(labels, predicted)
+    scores = score(labels, predicted, all_labels)
     assert scores["test_accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert scores["test_macro_f1"] == pytest.approx(
         f1_score(labels, predicted, labels=all_labels, average="macro", zero_division=0)

@@ -155,10 +155,10 @@ def test_mean_and_std_are_those_of_the_chosen_pixels() -> None:
 
 
 def test_lenet_has_its_parameters_and_standardises_its_input() -> None:
-    model = LeNet("sigmoid", CLASSES, mean=10.0, std=2.0)
+    model = LeNet("sigmoid", CLASSES, (28, 28), mean=10.0, std=2.0)
     assert sum(parameter.numel() for parameter in model.parameters()) == 44_426
     images = torch.from_numpy(make_dataset(4).images)
-    plain = LeNet("sigmoid", CLASSES, mean=0.0, std=1.0)
+    plain = LeNet("sigmoid", CLASSES, (28, 28), mean=0.0, std=1.0)
     plain.load_state_dict(model.state_dict() | {"mean": plain.mean, "std": plain.std})
     shifted = ((images.float() - 10.0) / 2.0).unsqueeze(1)
     reference = torch.nn.functional.conv2d(shifted, model.conv1.weight, model.conv1.bias)
