@@ -1,4 +1,4 @@
-"""The checkpoint of a training: a file outside the outs, which only the very same training goes on from.
+"""The checkpoint of a training: a file outside the outs, from which only the very same training continues.
 
 It holds all that decides the rest of the training: what `Step.state` names, and the random number generator of every
 device. It lies in .dvc/tmp/checkpoints of the project, under a hash of all that decides the result: the data, the
@@ -28,7 +28,7 @@ from stages.stage import StageError, write
 if TYPE_CHECKING:
     from stages.params import Train
 
-# The modules that decide the result: those of train's deps.
+# The modules that decide the result: the ones in train's deps.
 CODE = (
     "checkpoint.py",
     "cpu.py",
@@ -70,7 +70,7 @@ class Checkpoint:
     def load(self, state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Put the file's state into these tensors, in place, and return the history; [] if there is no file.
 
-        The random number generators go on from where they were, too.
+        The random number generators continue from where they were, too.
 
         A file that is damaged, or not of this training, is ignored with a line.
         """
@@ -83,7 +83,7 @@ class Checkpoint:
             if content["key"] != self.key or content["sha256"] != _sha256(tensors):
                 raise ValueError("it is not what this training wrote")
             if _shapes(tensors) != _shapes({**state, **rng_states()}):
-                raise ValueError("its tensors are not those of this training")
+                raise ValueError("its tensors do not fit this training")
             history = list(content["history"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             print(f"warning: {self.path} is ignored: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -19,14 +19,14 @@ class Dataset(NamedTuple):
 
 
 def write_dataset(path: Path, dataset: Dataset) -> None:
-    """Write a data set; the same data give the same bytes. Raises StageError where it cannot be written."""
+    """Write a data set; the same data give the same bytes. Raises StageError if it cannot be written."""
     # One metadata key: safetensors does not keep the order of several.
     metadata = {"classes": json.dumps(dataset.classes)}
     write(path, save({"images": dataset.images, "labels": dataset.labels}, metadata))
 
 
 def read_dataset(path: Path) -> Dataset:
-    """Read a data set. Raises StageError where the file is not one of ours."""
+    """Read a data set. Raises StageError if fetch did not write the file."""
     try:
         with safe_open(path, framework="numpy") as file:
             images, labels = file.get_tensor("images"), file.get_tensor("labels")

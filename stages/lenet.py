@@ -1,4 +1,4 @@
-"""LeNet, its initial weights, its file, and what it says of images."""
+"""LeNet, its initial weights, its file, and its predictions."""
 
 import json
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class LeNet(nn.Module):
         self.fc3 = nn.Linear(84, len(classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float32 (B, classes) of images uint8 (B, *shape). Sizes in brackets are those of 28 by 28."""
+        """Logits float32 (B, classes) of images uint8 (B, *shape). Sizes in comments are for 28 by 28."""
         activate = ACTIVATIONS[self.activation]
         pixels = images.permute(0, 3, 1, 2) if len(self.shape) == 3 else images.unsqueeze(1)
         x = (pixels.float() - self.mean) / self.std  # (B, 1, 28, 28)
@@ -79,7 +79,7 @@ class LeNet(nn.Module):
 def predict(model: LeNet, images: Tensor, batch_size: int) -> Tensor:
     """Logits float32 (N, classes) of images uint8 (N, *shape), `batch_size` images at a time.
 
-    Raises StageError where they are not finite.
+    Raises StageError if they are not finite.
     """
     model.eval()
     logits = torch.cat([model(batch) for batch in images.split(batch_size)])
@@ -91,7 +91,7 @@ def predict(model: LeNet, images: Tensor, batch_size: int) -> Tensor:
 def write_model(path: Path, model: LeNet) -> None:
     """Write the weights and all that is needed to use them; the same model gives the same bytes.
 
-    Raises StageError where the file cannot be written.
+    Raises StageError if the file cannot be written.
     """
     # One metadata key: safetensors does not keep the order of several.
     config = {"activation": model.activation, "classes": model.classes, "shape": model.shape}
@@ -101,7 +101,7 @@ def write_model(path: Path, model: LeNet) -> None:
 
 
 def read_model(path: Path) -> LeNet:
-    """Read a model, on the CPU, in channels-last. Raises StageError where the file is not one of ours."""
+    """Read a model, on the CPU, in channels-last. Raises StageError if train did not write the file."""
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads(file.metadata()["lenet"])
