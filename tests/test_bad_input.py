@@ -23,11 +23,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Project, make_idx, make_images
 from hypothesis import HealthCheck, configuration, given, settings
 from PIL import Image
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from support.data import make_idx, make_images
+from support.project import ROOT, Project
 
 from commands.predict import read_image
 from stages import fetch

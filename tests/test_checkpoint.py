@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Pipeline, Project
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_train import CPU, Listener, bits, fit, make_dataset, make_params
+from support.project import ROOT, Pipeline, Project
+from support.training import CPU, Listener, bits, fit, make_dataset, make_params
 from torch import Tensor, nn
 
 from stages import checkpoint as module

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TEST_SIZE, Project
 from PIL import Image
 from sklearn.metrics import accuracy_score, classification_report, f1_score, log_loss
+from support.data import TEST_SIZE
+from support.project import Project
 
 from stages.dataset import read_dataset
 from stages.evaluate import bin_confidence, ece, score, score_classes

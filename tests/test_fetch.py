@@ -18,7 +18,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEST_SIZE, TRAIN_SIZE, make_idx
+from support.data import TEST_SIZE, TRAIN_SIZE, make_idx
+from support.project import ROOT
 
 from stages import fetch
 from stages.dataset import read_dataset

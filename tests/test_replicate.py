@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Project, copy
+from support.project import Project, copy
 
 from commands.replicate import summarize
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Pipeline, Project
 from PIL import Image
+from support.project import Pipeline, Project
 
 from stages.dataset import Dataset, write_dataset
 from stages.lenet import LeNet, read_model

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Project
 from safetensors.numpy import save
+from support.project import Project
 
 from stages.dataset import Dataset, read_dataset, write_dataset
 from stages.lenet import read_model

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, Served, Store, copy, free_port, serve
 from playwright.sync_api import Page, sync_playwright
+from support.project import Project, copy
+from support.servers import Served, free_port, serve
+from support.store import Store
 
 SECONDS = 30  # for the UI to show something
 

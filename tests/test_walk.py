@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import forked
 import psutil
 import pytest
-from conftest import Project, environment
 from dvc.utils.serialize import load_yaml, modify_yaml
+from support import forked
+from support.commands import environment
+from support.project import Project
 
 PIPELINE = """
 stages:
