@@ -3,7 +3,8 @@
 python -m commands.export models/lenet.onnx
 python -m commands.export --model models/other.safetensors other.onnx
 
-Input `images` uint8 (N, 28, 28), white on black; output `probabilities` float32 (N, 10). The class names are in the
+Input `images` uint8 (N, 28, 28), white on black; output `probabilities` float32 (N, 10); other shapes and
+classes if the model has others. The class names are in the
 file's metadata, under `classes`. onnxruntime then predicts all test images: the file is written only if every class
 equals PyTorch's, with probabilities within 1e-5.
 """

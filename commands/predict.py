@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from stages.stage import StageError, shorten
 
 MODEL = "models/lenet.safetensors"
-SIZE = 28
+Predict = Callable[[np.ndarray], tuple[list[str], np.ndarray]]  # from images to classes and probabilities (N, classes)
 
 
 def main() -> None:
@@ -34,8 +35,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     try:
-        read = [read_image(path) for path in args.images]
-        answers = predict(args.model, np.stack([image for image, _ in read]))
+        shape, ask = open_model(args.model)
+        read = [read_image(path, shape) for path in args.images]
+        answers = best_three(*ask(np.stack([image for image, _ in read])))
     except StageError as error:
         sys.exit(f"error: {error}")
     rows = [
@@ -51,8 +53,8 @@ def main() -> None:
         print(f"{row['image']}: {row['class']} {row['probability']:.1%}{note}; top 3: {top}")
 
 
-def read_image(path: Path) -> tuple[np.ndarray, bool]:
-    """Return uint8 (28, 28), white on black, and whether it was inverted for that.
+def read_image(path: Path, shape: Sequence[int] = (28, 28)) -> tuple[np.ndarray, bool]:
+    """Return uint8 of this shape, and whether it was inverted: grey images are white on black.
 
     Raises StageError if it is not a PNG or JPEG image, or has more pixels than Pillow allows.
     """
@@ -65,7 +67,7 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
                 image.load()
                 with contextlib.suppress(Exception):  # damaged metadata raises more than Pillow's own exceptions
                     image = ImageOps.exif_transpose(file)  # a photo taken sideways
-                grey = _grey(image)
+                image = image.convert("RGB") if len(shape) == 3 else _grey(image)
     except UnidentifiedImageError:
         raise StageError(f"{path}: expected a PNG or JPEG image, found something else") from None
     except OSError as error:
@@ -74,12 +76,14 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
         raise StageError(f"{path}: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, found more") from None
     except Exception as error:  # Pillow's decoders may raise anything on a damaged file
         raise StageError(f"{path} is damaged: {shorten(f'{type(error).__name__}: {error}')}") from None
-    pixels = np.asarray(grey)
+    pixels = np.asarray(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    inverted = bool(np.median(border) > 127)
+    inverted = len(shape) == 2 and bool(np.median(border) > 127)
     if inverted:
-        grey, border = ImageOps.invert(grey), 255 - border
-    return np.asarray(ImageOps.pad(grey, (SIZE, SIZE), Image.Resampling.LANCZOS, int(np.median(border)))), inverted
+        image, border = ImageOps.invert(image), 255 - border
+    background = tuple(int(value) for value in np.atleast_1d(np.median(border, axis=0)))
+    size = (shape[1], shape[0])
+    return np.asarray(ImageOps.pad(image, size, Image.Resampling.LANCZOS, background)), inverted
 
 
 def _grey(image: Image.Image) -> Image.Image:
@@ -97,12 +101,8 @@ def _grey(image: Image.Image) -> Image.Image:
     return paper
 
 
-def predict(model: str, images: np.ndarray) -> list[dict[str, Any]]:
-    """The class, its probability and the top three of each image in uint8 (N, 28, 28).
-
-    Raises StageError if there is no such model.
-    """
-    classes, probabilities = _ask_mlflow(model, images) if model.startswith("models:/") else _ask_file(model, images)
+def best_three(classes: Sequence[str], probabilities: np.ndarray) -> list[dict[str, Any]]:
+    """The class, its probability and the three best, of each row of probabilities (N, classes)."""
     answers = []
     for row in probabilities:
         top = [{"class": classes[label], "probability": float(row[label])} for label in np.argsort(-row)[:3]]
@@ -110,36 +110,57 @@ def predict(model: str, images: np.ndarray) -> list[dict[str, Any]]:
     return answers
 
 
-def _ask_file(model: str, images: np.ndarray) -> tuple[list[str], np.ndarray]:
+def open_model(name: str) -> tuple[Sequence[int], Predict]:
+    """The shape of an image that the model takes, and the model. Raises StageError if there is no such model."""
+    return _from_mlflow(name) if name.startswith("models:/") else _from_file(name)
+
+
+def _from_file(name: str) -> tuple[Sequence[int], Predict]:
     import torch
 
     from stages import lenet
 
-    read = lenet.read_model(Path(model))
-    return read.classes, lenet.predict(read, torch.from_numpy(images), len(images)).softmax(1).numpy()
+    model = lenet.read_model(Path(name))
+
+    def ask(images: np.ndarray) -> tuple[list[str], np.ndarray]:
+        logits = lenet.predict(model, torch.from_numpy(images), len(images))
+        return model.classes, logits.softmax(1).numpy()
+
+    return model.shape, ask
 
 
-def _ask_mlflow(model: str, images: np.ndarray) -> tuple[list[str], np.ndarray]:
+def _from_mlflow(name: str) -> tuple[Sequence[int], Predict]:
     from dvc_mlflow.project import Project
     from dvc_mlflow.store import Model, Store, describe, mlflow, quiet
 
     quiet()
+    folder = tempfile.TemporaryDirectory()  # MLflow loads nothing from a path with a % in it
     try:
         Store(Project(Path.cwd()))
-        with tempfile.TemporaryDirectory() as folder:  # MLflow loads nothing from a path with a % in it
-            path = mlflow.artifacts.download_artifacts(model, dst_path=folder)
-            loader = Model.load(path).flavors.get("python_function", {}).get("loader_module")
-            if loader != "mlflow.pyfunc.loaders.code_model":
-                raise StageError(
-                    f"expected a model that train made at {model}, found one of another kind, perhaps a "
-                    "pickle; it was not loaded"
-                )
-            answer = mlflow.pyfunc.load_model(path).predict(images)
+        path = mlflow.artifacts.download_artifacts(name, dst_path=folder.name)
+        loader = Model.load(path).flavors.get("python_function", {}).get("loader_module")
+        if loader != "mlflow.pyfunc.loaders.code_model":
+            raise StageError(
+                f"expected a model that train made at {name}, found one of another kind, perhaps a pickle; "
+                "it was not loaded"
+            )
+        model = mlflow.pyfunc.load_model(path)
+        shape = model.metadata.get_input_schema().inputs[0].shape[1:]
     except StageError:
         raise
-    except Exception as error:  # the store's or the model's, of any kind
-        raise StageError(f"expected a model at {model}, found none: {describe(error)}") from None
-    return list(answer.columns[1:]), answer.iloc[:, 1:].to_numpy()
+    except Exception as error:  # the store or the model may raise anything
+        raise StageError(f"expected a model at {name}, found none: {describe(error)}") from None
+
+    def ask(images: np.ndarray) -> tuple[list[str], np.ndarray]:
+        try:
+            answer = model.predict(images)
+        except Exception as error:  # the model may raise anything
+            raise StageError(f"{name} cannot classify these images: {describe(error)}") from None
+        finally:
+            folder.cleanup()  # the model's code is there
+        return list(answer.columns[1:]), answer.iloc[:, 1:].to_numpy()
+
+    return shape, ask
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 import zlib
@@ -25,19 +26,36 @@ HIGHER = r"accuracy|acc$|auc|auroc|f1|f_score|precision|recall|r2|map\d*$|bleu|r
 LOWER = r"loss|error|err$|mse|mae|mape|perplexity|ppl|ece|wer|cer|rmse|nll|brier|distance"
 
 
-def ui(store: Store, port: int) -> None:
-    """Print the address of a view of the runs; unless a server serves them already, serve them on loopback.
+# Open an address in the browser as soon as something listens on the port.
+OPEN = """
+import socket, sys, time, webbrowser
+for _ in range(300):
+    try:
+        socket.create_connection(("127.0.0.1", int(sys.argv[2])), 1).close()
+    except OSError:
+        time.sleep(0.1)
+    else:
+        webbrowser.open(sys.argv[1])
+        break
+"""
 
-    Does not return if it serves.
+
+def ui(store: Store, port: int) -> None:
+    """Print the addresses of a table and of charts of the runs; unless a server serves them already, serve them here.
+
+    On a desktop, opens the table in the browser. Does not return if it serves.
     """
     uri = mlflow.get_tracking_uri()
     save_view(store)
     served = uri.startswith(("http:", "https:"))
     base = without_credentials(uri).replace("//…@", "//").rstrip("/") if served else f"http://127.0.0.1:{port}"
     query = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
-    print(f"{base}/#/experiments/{store.experiment_id}/runs?{query}", flush=True)
+    table = f"{base}/#/experiments/{store.experiment_id}/runs?{query}"
+    print(f"table   {table}\ncharts  {table}&compareRunsMode=CHART", flush=True)
     if served:
         return
+    if sys.stdout.isatty() and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+        subprocess.Popen([sys.executable, "-c", OPEN, table, str(port)], stdout=subprocess.DEVNULL)
     # One worker and no job processes, which only GenAI uses: a sixth of the memory, half of the wait.
     # The URI may contain a password, which a command line would show to all users.
     env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}

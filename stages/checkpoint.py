@@ -1,4 +1,4 @@
-"""The checkpoint of a training: a file outside the outs, which only the very same training goes on from.
+"""The checkpoint of a training: a file outside the outs, from which only the very same training continues.
 
 It holds all that decides the rest of the training: what `Step.state` names, and the random number generator of every
 device. It lies in .dvc/tmp/checkpoints of the project, under a hash of all that decides the result: the data, the
@@ -28,6 +28,21 @@ from stages.stage import StageError, write
 if TYPE_CHECKING:
     from stages.params import Train
 
+# The modules that decide the result: the ones in train's deps.
+CODE = (
+    "checkpoint.py",
+    "cpu.py",
+    "dataset.py",
+    "device.py",
+    "figure.py",
+    "lenet.py",
+    "stage.py",
+    "train.py",
+    "training.py",
+    "training_step.py",
+    "turns.py",
+)
+HERE = Path(__file__).parent
 FOLDER = Path(".dvc", "tmp", "checkpoints")  # DVC keeps this .dvc/tmp out of git
 
 
@@ -55,7 +70,7 @@ class Checkpoint:
     def load(self, state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Put the file's state into these tensors, in place, and return the history; [] if there is no file.
 
-        The random number generators go on from where they were, too.
+        The random number generators continue from where they were, too.
 
         A file that is damaged, or not of this training, is ignored with a line.
         """
@@ -68,7 +83,7 @@ class Checkpoint:
             if content["key"] != self.key or content["sha256"] != _sha256(tensors):
                 raise ValueError("it is not what this training wrote")
             if _shapes(tensors) != _shapes({**state, **rng_states()}):
-                raise ValueError("its tensors are not those of this training")
+                raise ValueError("its tensors do not fit this training")
             history = list(content["history"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             print(f"warning: {self.path} is ignored: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -87,8 +102,6 @@ class Checkpoint:
 
 def _key(params: "Train", dataset: Dataset, device: torch.device) -> str:
     """SHA-256 of all that decides the result."""
-    folder = Path(__file__).parent
-    files = {Path(module.__file__ or "") for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     hardware: object = dict(torch.cpu.get_capabilities())  # PyTorch chooses its kernels by these
     if device.type == "cuda":
         hardware = [torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]
@@ -96,7 +109,7 @@ def _key(params: "Train", dataset: Dataset, device: torch.device) -> str:
         "params": {key: value for key, value in vars(params).items() if key != "checkpoint_epochs"},
         "data": [hashlib.sha256(part.tobytes()).hexdigest() for part in (dataset.images, dataset.labels)],
         "classes": dataset.classes,
-        "code": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.parent == folder},
+        "code": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in CODE},
         "versions": [torch.__version__, np.__version__],
         "hardware": hardware,
     }

@@ -19,7 +19,7 @@ MMAP_THRESHOLD_MAX = 32 * 2**20
 def set_up_device(name: str, threads: int) -> torch.device:
     """Make PyTorch deterministic, with `threads` CPU threads; return the device that auto, cuda or cpu stands for.
 
-    Raises StageError for cuda where there is none.
+    Raises StageError for cuda if there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise StageError("expected a CUDA GPU (device: cuda), found none; set device: auto or cpu in params.yaml")
@@ -53,7 +53,7 @@ def set_rng_states(states: Mapping[str, Tensor]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed blocks of up to 32 MiB for the next step, where the C library is glibc.
+    """Keep freed blocks of up to 32 MiB for the next step, if the C library is glibc.
 
     It would give them back to the system and wait for fresh pages: for a quarter of each step on 1,000 images.
     """

@@ -29,7 +29,7 @@ from stages.evaluation_figures import plot_confusion, plot_mistakes, plot_per_cl
 from stages.figure import write_png
 from stages.lenet import predict, read_model
 from stages.params import read_params
-from stages.stage import check_inputs, write, write_json
+from stages.stage import StageError, check_inputs, write, write_json
 
 ECE_BINS = 15  # as in the source
 PER_CLASS = ("precision", "recall", "f1")
@@ -49,13 +49,21 @@ def main() -> None:
 
     device = set_up_device(params.evaluate.device, params.evaluate.threads)
     dataset, model = read_dataset(args.dataset), read_model(args.model)
+    if (model.classes, model.shape) != (dataset.classes, dataset.images.shape[1:]):
+        raise StageError(
+            f"expected {args.model} to know the classes and the shape of {args.dataset}, found others; run `dvc repro`"
+        )
     images = torch.from_numpy(dataset.images).to(device)
     logits = predict(model.to(device), images, params.evaluate.batch_size).cpu()
     labels, predicted, probabilities = dataset.labels, logits.argmax(1).numpy(), logits.softmax(1).numpy()
     losses = F.cross_entropy(logits, torch.from_numpy(labels).long(), reduction="none")
     rows, bins = score_classes(labels, predicted, model.classes), bin_confidence(labels, probabilities)
 
-    scores = {"test_loss": losses.double().mean().item(), **score(labels, predicted), "test_ece": ece(bins)}
+    scores = {
+        "test_loss": losses.double().mean().item(),
+        **score(labels, predicted, model.classes),
+        "test_ece": ece(bins),
+    }
     write_json(args.metrics, scores)
     write_json(args.per_class, {key: {row["class"]: row[key] for row in rows} for key in PER_CLASS})
     write_predictions(args.predictions, labels, predicted, probabilities, model.classes)
@@ -66,9 +74,9 @@ def main() -> None:
     print(f"test accuracy {scores['test_accuracy']:.4f} on {len(labels):,} images")
 
 
-def score(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+def score(labels: np.ndarray, predicted: np.ndarray, classes: Iterable[object]) -> dict[str, float]:
     """Accuracy and macro-F1, 0..1, of labels and predictions (N,)."""
-    f1 = [row["f1"] for row in score_classes(labels, predicted, range(10))]
+    f1 = [row["f1"] for row in score_classes(labels, predicted, classes)]
     return {
         "test_accuracy": float((labels == predicted).mean()),
         "test_macro_f1": math.fsum(f1) / len(f1),  # sum() rounds differently from Python 3.12 on
@@ -118,7 +126,7 @@ def ece(bins: list[dict[str, float]]) -> float:
 def write_predictions(
     path: Path, labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, classes: Iterable[str]
 ) -> None:
-    """Write a table with a row per image: index, label and predicted 0..9, and the probability of each class.
+    """Write a table with a row per image: index, label and predicted, and the probability of each class.
 
     Raises StageError if it cannot be written.
     """

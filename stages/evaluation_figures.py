@@ -68,23 +68,24 @@ def plot_reliability(bins: Sequence[Mapping[str, float]], ece: float) -> Figure:
 
 
 def plot_mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Figure:
-    """The most confident mistakes: images uint8 (N, 28, 28), labels (N,), probabilities (N, C)."""
+    """The most confident mistakes: images uint8 (N, H, W[, 3]), labels (N,), probabilities (N, C)."""
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     wrong = np.flatnonzero(predicted != labels)
     shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
-    columns, size, gap, text = 6, 28, 10, 13  # in pixels of the images
+    height, width, *colours = images.shape[1:]  # in pixels of the images, as are the others
+    columns, gap, text = 6, round(width * 10 / 28), round(height * 13 / 28)
     rows = -(-MISTAKES // columns)
-    canvas = np.full((rows * (size + text), columns * (size + gap)), 255, np.uint8)
+    canvas = np.full((rows * (height + text), columns * (width + gap), *colours), 255, np.uint8)
     figure = make_figure(columns * 1.75, rows * 1.95)
     axes = figure.subplots()
     for number, index in enumerate(shown):
         row, column = divmod(number, columns)
-        top, left = row * (size + text), column * (size + gap) + gap // 2
-        canvas[top : top + size, left : left + size] = images[index]
+        top, left = row * (height + text), column * (width + gap) + gap // 2
+        canvas[top : top + height, left : left + width] = images[index]
         actual, guess = classes[labels[index]], classes[predicted[index]]
         said = f"{actual}, not\n{guess} ({confidence[index]:.1%})"
         axes.text(
-            left + size / 2, top + size, said, ha="center", va="top", fontsize=8, linespacing=1.1, parse_math=False
+            left + width / 2, top + height, said, ha="center", va="top", fontsize=8, linespacing=1.1, parse_math=False
         )
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255)
     axes.set_title(

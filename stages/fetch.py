@@ -52,9 +52,8 @@ def main() -> None:
 
     contents = fetch(params.fetch)
     for path, part in ((args.train, "train"), (args.test, "test")):
-        images = parse_idx(contents[f"{part}_images"], dimensions=3)
-        labels = parse_idx(contents[f"{part}_labels"], dimensions=1)
-        check_dataset(f"{part} set", images, labels)
+        images, labels = (parse_idx(contents[f"{part}_{kind}"]) for kind in ("images", "labels"))
+        check_dataset(f"{part} set", images, labels, params.fetch.classes)
         write_dataset(path, Dataset(images, labels, params.fetch.classes))
         print(f"{path}: {len(images):,} images")
 
@@ -234,15 +233,16 @@ def unpack(packed: bytes, file: File) -> bytes:
     return content
 
 
-def parse_idx(content: bytes, dimensions: int) -> np.ndarray:
-    """Parse an IDX file of unsigned bytes: uint8 array of `dimensions` dimensions.
+def parse_idx(content: bytes) -> np.ndarray:
+    """Parse an IDX file of unsigned bytes: uint8 array of 1 to 4 dimensions.
 
     Raises StageError if the header does not match the content.
     Source: http://yann.lecun.com/exdb/mnist/, "the IDX file format".
     """
+    dimensions = content[3] if len(content) > 3 else 0
     header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise StageError(f"expected an IDX file of uint8 in {dimensions} dimensions, found {content[:4]!r}")
+    if len(content) < header or content[:3] != bytes([0, 0, 8]) or not 1 <= dimensions <= 4:
+        raise StageError(f"expected an IDX file of uint8 in 1 to 4 dimensions, found {content[:4]!r}")
     shape = [int(size) for size in np.frombuffer(content, ">u4", count=dimensions, offset=4)]
     expected = header + int(np.prod(shape, dtype=object))
     if 0 in shape:

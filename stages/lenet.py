@@ -1,6 +1,7 @@
-"""LeNet, its initial weights, its file, and what it says of images."""
+"""LeNet, its initial weights, its file, and its predictions."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,34 +19,43 @@ ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu}
 # (He et al. 2015, https://arxiv.org/abs/1502.01852).
 GAINS = {"sigmoid": 4.0, "relu": 2.0**0.5}
 
+MIN_SIDE, MAX_SIDE = 16, 256  # pixels: two convolutions and poolings need so many; a file may ask for no more
+
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # by the names of safetensors; int64 counts BatchNorm's batches
 
 
 class LeNet(nn.Module):
     """LeNet-5 (LeCun et al. 1998, http://yann.lecun.com/exdb/publis/pdf/lecun-98.pdf) with max-pooling.
 
-    44,426 parameters. `mean` and `std`, in pixel values 0..255, standardise the input and travel with the weights.
+    44,426 parameters for grey images of 28 by 28 and 10 classes. `mean` and `std`, in pixel values 0..255, standardise
+    the input and travel with the weights.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, activation: str, classes: list[str], mean: float = 0.0, std: float = 255.0) -> None:
+    def __init__(
+        self, activation: str, classes: list[str], shape: Sequence[int], mean: float = 0.0, std: float = 255.0
+    ) -> None:
+        """`shape` is that of an image: (H, W), or (H, W, 3) in colour. Raises ValueError for one that does not fit."""
         super().__init__()
-        self.activation = activation
-        self.classes = classes
+        if len(shape) not in (2, 3) or not all(MIN_SIDE <= side <= MAX_SIDE for side in shape[:2]):
+            raise ValueError(f"expected images of {MIN_SIDE} to {MAX_SIDE} pixels a side, found {tuple(shape)}")
+        self.activation, self.classes, self.shape = activation, classes, tuple(shape)
+        rows, columns = (((side - 4) // 2 - 4) // 2 for side in shape[:2])
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
-        self.conv1 = nn.Conv2d(1, 6, 5)
+        self.conv1 = nn.Conv2d(*shape[2:] or [1], 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(256, 120)
+        self.fc1 = nn.Linear(16 * rows * columns, 120)
         self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, 10)
+        self.fc3 = nn.Linear(84, len(classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float32 (B, 10) of images uint8 (B, 28, 28)."""
+        """Logits float32 (B, classes) of images uint8 (B, *shape). Sizes in comments are for 28 by 28."""
         activate = ACTIVATIONS[self.activation]
-        x = (images.unsqueeze(1).float() - self.mean) / self.std  # (B, 1, 28, 28)
+        pixels = images.permute(0, 3, 1, 2) if len(self.shape) == 3 else images.unsqueeze(1)
+        x = (pixels.float() - self.mean) / self.std  # (B, 1, 28, 28)
         # Pooling first gives the same numbers, as both activations rise monotonically, with a quarter of the work.
         x = activate(F.max_pool2d(self.conv1(x), 2))  # (B, 6, 12, 12)
         x = activate(F.max_pool2d(self.conv2(x), 2))  # (B, 16, 4, 4)
@@ -67,9 +77,9 @@ class LeNet(nn.Module):
 
 @torch.inference_mode()
 def predict(model: LeNet, images: Tensor, batch_size: int) -> Tensor:
-    """Logits float32 (N, 10) of images uint8 (N, 28, 28), `batch_size` images at a time.
+    """Logits float32 (N, classes) of images uint8 (N, *shape), `batch_size` images at a time.
 
-    Raises StageError where they are not finite.
+    Raises StageError if they are not finite.
     """
     model.eval()
     logits = torch.cat([model(batch) for batch in images.split(batch_size)])
@@ -81,23 +91,24 @@ def predict(model: LeNet, images: Tensor, batch_size: int) -> Tensor:
 def write_model(path: Path, model: LeNet) -> None:
     """Write the weights and all that is needed to use them; the same model gives the same bytes.
 
-    Raises StageError where the file cannot be written.
+    Raises StageError if the file cannot be written.
     """
     # One metadata key: safetensors does not keep the order of several.
-    metadata = {"lenet": json.dumps({"activation": model.activation, "classes": model.classes}, sort_keys=True)}
+    config = {"activation": model.activation, "classes": model.classes, "shape": model.shape}
+    metadata = {"lenet": json.dumps(config, sort_keys=True)}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     write(path, save(tensors, metadata))
 
 
 def read_model(path: Path) -> LeNet:
-    """Read a model, on the CPU, in channels-last. Raises StageError where the file is not one of ours."""
+    """Read a model, on the CPU, in channels-last. Raises StageError if train did not write the file."""
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads(file.metadata()["lenet"])
             if config["activation"] not in ACTIVATIONS:
                 raise ValueError(f"its activation is {config['activation']!r}")
             check_classes(config["classes"])
-            model = LeNet(config["activation"], config["classes"])
+            model = LeNet(config["activation"], config["classes"], config["shape"])
             expected = {name: (DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in model.state_dict().items()}
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in entries.items()}

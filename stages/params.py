@@ -72,7 +72,7 @@ class Files(Section):
 class Fetch(Section):
     mirrors: Annotated[list[Url], Field(max_length=10)]
     files: Files
-    classes: Annotated[list[Name], Field(min_length=10, max_length=10), AfterValidator(_check_classes)]
+    classes: Annotated[list[Name], Field(min_length=2, max_length=100), AfterValidator(_check_classes)]
 
 
 class Train(Section):

@@ -20,7 +20,7 @@ class ServedLeNet(PythonModel):
         self.model = read_model(Path(context.artifacts["model"]))
 
     def predict(self, context, model_input, params=None):  # no type hints: MLflow would take them as a schema
-        """The class, and the probability of each class, of images uint8 (N, 28, 28), N ≥ 1, white on black."""
+        """The class, and the probability of each class, of images uint8 (N, *shape), N ≥ 1, as in the data set."""
         import torch
 
         from stages.lenet import predict

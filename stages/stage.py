@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StageError(Exception):
-    """A mistake of the user or a fault of the world, as one line: expected, found, what to do."""
+    """A user's mistake or an environment failure, in one line: expected, found, what to do."""
 
 
 def shorten(text: object, limit: int = 300) -> str:
@@ -38,7 +38,7 @@ def hide_credentials(text: str) -> str:
 def write(path: Path, data: bytes) -> None:
     """Write a whole file: under a temporary name beside it, flushed to disk, then renamed.
 
-    Raises StageError where the file cannot be written; what was at `path` before is then still there.
+    Raises StageError if the file cannot be written; what was at `path` before is then still there.
     """
     temporary = path.with_name(path.name + ".tmp")  # a fixed name: the next run takes the place of a leftover
     try:
@@ -55,12 +55,12 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON. Raises StageError where it cannot be written."""
+    """Write a value as JSON. Raises StageError if it cannot be written."""
     write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows, at least one and all of the same keys, as CSV. Raises StageError where they cannot be written."""
+    """Write rows, at least one and all of the same keys, as CSV. Raises StageError if they cannot be written."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -69,7 +69,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def check_inputs(*paths: Path) -> None:
-    """Raise StageError where DVC runs the stage on a file that is not what dvc.lock says another stage made.
+    """Raise StageError if DVC runs the stage on a file that is not what dvc.lock says another stage made.
 
     DVC does not read what it takes from its cache: a file that was damaged there would pass for the right one.
     """
@@ -85,7 +85,7 @@ def check_inputs(*paths: Path) -> None:
         found = md5(path) if path.exists() else "nothing"
         if expected not in (None, found):
             cached = cache_path(expected)
-            cure = remove(path, cached) if is_damaged(cached) else remove(path)
+            cure = removal_command(path, cached) if is_damaged(cached) else removal_command(path)
             raise StageError(
                 f"{path}: expected MD5 {expected}, as dvc.lock says, found {found}; `{cure}`, then `dvc repro`"
             )
@@ -106,11 +106,11 @@ def cache_path(digest: str) -> Path:
 
 
 def is_damaged(cached: Path) -> bool:
-    """Whether the file is in DVC's cache, but not as its name, which is its MD5, says."""
+    """Whether the file is in DVC's cache, but does not have the MD5 that is its name."""
     return cached.exists() and md5(cached) != cached.parent.name + cached.name
 
 
-def remove(*paths: Path) -> str:
+def removal_command(*paths: Path) -> str:
     """The command that removes these files."""
     return shlex.join(["rm", "-f", *map(str, paths)])
 
@@ -118,7 +118,7 @@ def remove(*paths: Path) -> str:
 def prepare() -> None:
     """Before imports that take a second: pause the garbage collector, and hold signals back, until `run`.
 
-    What is imported stays, so that nothing of it is garbage; and a signal would end an import in a traceback.
+    What is imported stays, so none of it is garbage; and a signal would end an import in a traceback.
     """
     gc.disable()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -128,7 +128,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and exit: 0, 1 after a StageError's line, or 128 + the signal that ended it.
 
     SIGTERM and SIGHUP end a stage as Ctrl-C does, through KeyboardInterrupt, so that its MLflow run is closed.
-    Where DVC started the stage and it did not succeed, the outs that DVC removed beforehand are put back.
+    If DVC started the stage and it failed, the outs that DVC removed beforehand are restored.
     """
     received = [signal.SIGINT]
 
@@ -165,7 +165,7 @@ def leave() -> NoReturn:
 
 
 def _restore_outs(name: str) -> None:
-    """Copy the outs that dvc.lock records for the stage from DVC's cache, where it has them whole, to their places.
+    """Copy the outs that dvc.lock records for the stage from DVC's cache, if they are whole there, to their places.
 
     DVC removes a stage's outs before it runs the stage. After a mistake in params.yaml the last good model
     should not be gone. `dvc checkout` would leave out the metrics files, which git keeps.
@@ -181,7 +181,10 @@ def _restore_outs(name: str) -> None:
                 for out in stage.outs:
                     cached = out.hash_info and Path(repo.cache.local.oid_to_path(out.hash_info.value))
                     if cached and is_damaged(cached):
-                        print(f"did not put back {out}: DVC's copy is damaged; `{remove(cached)}`", file=sys.stderr)
+                        print(
+                            f"did not put back {out}: DVC's copy is damaged; `{removal_command(cached)}`",
+                            file=sys.stderr,
+                        )
                     elif cached and cached.exists():
                         write(Path(out.fs_path), cached.read_bytes())
     except (DvcException, OSError, StageError) as error:

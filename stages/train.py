@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="weights to write (safetensors)")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics of the last epoch to write (JSON)")
     parser.add_argument("--history", type=Path, required=True, help="metrics of each epoch to write as it ends (CSV)")
-    parser.add_argument("--plots", type=Path, required=True, help="folder of pictures to write (PNG)")
+    parser.add_argument("--plots", type=Path, required=True, help="folder for the figures to write (PNG)")
     args = parser.parse_args()
     params = read_params()
     check_inputs(args.dataset)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def plot_curves(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss and accuracy of each epoch, on the training and, where there is one, the validation split."""
+    """Loss and accuracy of each epoch, on the training split and, if there is one, the validation split."""
     figure = make_figure(9, 3.8)
     epochs = [row["epoch"] for row in history]
     for axes, metric, label in zip(

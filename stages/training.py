@@ -34,33 +34,68 @@ def train(
 
     Raises StageError when a size does not fit the data set, or when the loss is not finite.
     """
+    step, training, validation = prepare(dataset, params, device)
+    history = checkpoint.load(step.state())
+    if history:
+        print(f"going on after epoch {len(history)}/{params.epochs}, from a checkpoint", flush=True)
+
+    def at_end_of_epoch(metrics: dict[str, float], rate: float) -> None:
+        history.append(metrics)
+        if params.checkpoint_epochs and len(history) % params.checkpoint_epochs == 0:
+            checkpoint.save(step.state(), history)
+        report(history)
+        print(describe(metrics, params.epochs, rate), flush=True)
+
+    fit(step, training, validation, params, len(history), at_end_of_epoch)
+    return step.model, history
+
+
+def prepare(dataset: Dataset, params: "Train", device: torch.device) -> tuple[Step, Tensor, Tensor]:
+    """Return the first step, and the indices int64 (N,) of the training and the validation images.
+
+    Raises StageError when a size does not fit the data set.
+    """
     total = len(dataset.images)
     if params.validation_size >= total:
         raise StageError(f"train.validation_size: expected less than {total:,} images, found {params.validation_size}")
     if params.batch_size > total - params.validation_size:
         available = total - params.validation_size
         raise StageError(f"train.batch_size: expected at most {available:,} images, found {params.batch_size}")
-
     split = torch.from_numpy(np.random.default_rng(params.seed).permutation(total))
     training, validation = split[params.validation_size :], split[: params.validation_size]
     images, labels = torch.from_numpy(dataset.images), torch.from_numpy(dataset.labels).long()
     mean, std = mean_and_std(images, training) if params.standardize else (0.0, 255.0)
 
     torch.manual_seed(params.seed)
-    model = LeNet(params.activation, dataset.classes, mean, std)
+    try:
+        model = LeNet(params.activation, dataset.classes, dataset.images.shape[1:], mean, std)
+    except ValueError as error:
+        raise StageError(str(error)) from None
     if params.init == "xavier":
         model.init_xavier()
     model = model.to(memory_format=torch.channels_last).to(device)
-    images, labels = images.to(device), labels.to(device)
-    step = Step(model, images, labels)
+    step = Step(model, images.to(device), labels.to(device))
     if device.type == "cuda":
         step.use_cuda_graph(params.batch_size)
+    return step, training, validation
 
+
+def fit(
+    step: Step,
+    training: Tensor,
+    validation: Tensor,
+    params: "Train",
+    done: int,
+    at_end_of_epoch: Callable[[dict[str, float], float], None],
+) -> None:
+    """Train on the images at these indices for the epochs after the first `done`.
+
+    After each, the callback gets its metrics, and how many images a second it took. Raises StageError when the loss is
+    not finite.
+    """
+    device = step.images.device
     steps = -(-len(training) // params.batch_size)  # an epoch's
-    history = checkpoint.load(step.state())
-    if history:
-        print(f"going on after epoch {len(history)}/{params.epochs}, from a checkpoint", flush=True)
-    for epoch in range(len(history) + 1, params.epochs + 1):
+    for epoch in range(done + 1, params.epochs + 1):
         start = time.perf_counter()
         # The order depends on (seed, epoch) alone, not on what ran before.
         order = training[np.random.default_rng((params.seed, epoch)).permutation(len(training))].to(device)
@@ -76,13 +111,8 @@ def train(
         rate = len(training) / (time.perf_counter() - start)
         if params.validation_size:
             held_out = validation.to(device)
-            metrics |= validate(model, images[held_out], labels[held_out])
-        history.append(metrics)
-        if params.checkpoint_epochs and epoch % params.checkpoint_epochs == 0:
-            checkpoint.save(step.state(), history)
-        report(history)
-        print(describe(metrics, params.epochs, rate), flush=True)
-    return model, history
+            metrics |= validate(step.model, step.images[held_out], step.labels[held_out])
+        at_end_of_epoch(metrics, rate)
 
 
 def train_epoch(step: Step, batches: Sequence[Tensor], lrs: Sequence[float]) -> dict[str, float]:
@@ -100,7 +130,7 @@ def train_epoch(step: Step, batches: Sequence[Tensor], lrs: Sequence[float]) -> 
 
 
 def validate(model: LeNet, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean loss and accuracy on images uint8 (N, 28, 28) with labels int64 (N,)."""
+    """Mean loss and accuracy on images uint8 (N, *shape) with labels int64 (N,)."""
     logits = predict(model, images, VALIDATION_BATCH_SIZE)
     return {
         "validation_loss": F.cross_entropy(logits, labels).item(),
@@ -121,7 +151,7 @@ def lr_at(step: int, steps: int, params: "Train") -> float:
 
 
 def mean_and_std(images: Tensor, indices: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels, 0..255, of images uint8 (N, 28, 28) at `indices`.
+    """Mean and standard deviation of the pixels, 0..255, of images uint8 (N, *shape) at `indices`.
 
     Counted, not summed as floats, so that they are exact.
     """

@@ -22,7 +22,7 @@ class Step:
     """
 
     def __init__(self, model: LeNet, images: Tensor, labels: Tensor) -> None:
-        """Train `model` on images uint8 (N, 28, 28) with labels int64 (N,), on the device where all of them are."""
+        """Train `model` on images uint8 (N, *shape) with labels int64 (N,), all on one device."""
         self.model, self.images, self.labels = model, images, labels
         device = images.device
         # A tensor, so that a CUDA graph can read it: float32 there, float64 on CPU, as if it were a Python number.
@@ -33,7 +33,7 @@ class Step:
         self.steps = [torch.zeros((), device=device) for _ in self.params]
         self.loss_sum = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._batch = torch.zeros(0, dtype=torch.int64, device=device)  # what the graph, where there is one, reads
+        self._batch = torch.zeros(0, dtype=torch.int64, device=device)  # what the graph reads, if there is one
         self._replay: Callable[[], None] | None = None
 
     def state(self) -> dict[str, Tensor]:

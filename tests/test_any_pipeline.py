@@ -11,8 +11,8 @@ from typing import Any
 
 import mlflow
 import pytest
-from conftest import environment, execute
 from mlflow.entities import Run
+from support.commands import environment, execute
 
 from dvc_mlflow.store import move_artifacts
 

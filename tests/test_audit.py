@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Project, Store
 from dvc.utils.serialize import modify_yaml
+from support.project import Project
+from support.store import Store
 
 from dvc_mlflow.audit import audit as audit_lines
 from dvc_mlflow.project import Project as DVCProject

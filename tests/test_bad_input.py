@@ -23,11 +23,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Project, make_idx, make_images
 from hypothesis import HealthCheck, configuration, given, settings
 from PIL import Image
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from support.data import make_idx, make_images
+from support.project import ROOT, Project
 
 from commands.predict import read_image
 from stages import fetch
@@ -239,13 +240,12 @@ def idx_files(draw: st.DrawFn) -> bytes:
 
 def test_idx_files(try_all: TryAll) -> None:
     def claim(content: bytes) -> None:
-        for dimensions in (1, 3):
-            try:
-                array = fetch.parse_idx(content, dimensions)
-                assert array.ndim == dimensions
-                check_dataset("this set", array, array)
-            except StageError as error:
-                check_message(str(error))
+        try:
+            array = fetch.parse_idx(content)
+            assert 1 <= array.ndim <= 4
+            check_dataset("this set", array, array, CLASSES)
+        except StageError as error:
+            check_message(str(error))
 
     try_all(damaged(IDX_IMAGES) | damaged(IDX_LABELS) | idx_files() | st.binary(max_size=50), claim, 150)
 
@@ -343,9 +343,10 @@ metadata_values = (
     json_values.map(json.dumps)
     | st.sampled_from(["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "NaN", "null", json.dumps(CLASSES)])
     | st.builds(
-        lambda activation, classes: json.dumps({"activation": activation, "classes": classes}),
+        lambda activation, classes, shape: json.dumps({"activation": activation, "classes": classes, "shape": shape}),
         st.sampled_from(["sigmoid", "relu", "tanh", "", None, [], {}, 1]),
         st.sampled_from([CLASSES, CLASSES[:9], [1] * 10, "abcdefghij", dict.fromkeys(CLASSES), None]) | json_values,
+        st.sampled_from([[28, 28], [28, 28, 3], [28], [28, 29], [2**31, 2**31], [0, 0], [-1, 28], None]) | json_values,
     )
     | st.text(max_size=20)
 )
@@ -415,15 +416,15 @@ def whole_dataset(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def whole_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("whole") / "model"
     torch.manual_seed(0)
-    write_model(path, LeNet("sigmoid", CLASSES))
+    write_model(path, LeNet("sigmoid", CLASSES, (28, 28)))
     return path.read_bytes()
 
 
 def test_data_sets(try_all: TryAll, whole_dataset: bytes, tmp_path: Path) -> None:
     def read(path: Path) -> None:
         dataset = read_dataset(path)
-        check_dataset("this set", dataset.images, dataset.labels)
-        assert len(dataset.classes) == 10
+        check_dataset("this set", *dataset)
+        assert dataset.labels.max() < len(dataset.classes)
 
     files = damaged(whole_dataset) | changed_tensors(whole_dataset) | st.binary(max_size=100)
     try_all(files, lambda content: unchanged(tmp_path / "set.safetensors", content, read), 150)
@@ -586,7 +587,7 @@ def test_a_last_step_that_breaks_the_model_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_numbers_that_overflow_on_the_way_are_refused() -> None:
-    model = LeNet("relu", CLASSES)
+    model = LeNet("relu", CLASSES, (28, 28))
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 1e38)
     with pytest.raises(StageError, match="expected finite numbers from the model"):
@@ -663,8 +664,8 @@ bombs = {
     "bytes: 2^62": (params.replace("47040016", str(2**62)), read_params, "less than or equal to 1073741824"),
     "gzip": (zeros(31), lambda path: fetch.unpack(path.read_bytes(), file), "found more"),
     "file of 300 MB": (300 << 20, lambda path: fetch.read(path.parent, file), "longer than"),
-    "IDX": (claims_too_much, lambda path: fetch.parse_idx(fetch.unpack(path.read_bytes(), file), 3), "SHA-256"),
-    "IDX, unpacked": (gzip.decompress(claims_too_much), lambda path: fetch.parse_idx(path.read_bytes(), 3), "for an"),
+    "IDX": (claims_too_much, lambda path: fetch.parse_idx(fetch.unpack(path.read_bytes(), file)), "SHA-256"),
+    "IDX, unpacked": (gzip.decompress(claims_too_much), lambda path: fetch.parse_idx(path.read_bytes()), "for an"),
     "PNG of 100,000 x 100,000": (huge, read_image, "at most 89,478,485 pixels"),
     "PNG with a profile of 400 MB": (with_profile, read_image, "damaged|Decompressed data too large"),
     "safetensors": (struct.pack("<Q", 2**62) + b"{}", read_dataset, "not a data set"),

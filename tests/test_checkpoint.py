@@ -3,20 +3,21 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Pipeline, Project
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_train import CPU, Listener, bits, fit, make_dataset, make_params
+from support.project import ROOT, Pipeline, Project
+from support.training import CPU, Listener, bits, fit, make_dataset, make_params
 from torch import Tensor, nn
 
 from stages import checkpoint as module
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import CODE, Checkpoint
 from stages.lenet import LeNet
 
 EPOCHS = 4
@@ -118,11 +119,12 @@ def test_other_data_code_versions_and_hardware_begin_anew(monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(target, value)
             assert key() != before
-    for name in ("lenet", "training", "training_step"):  # imported by this test, as train imports them
-        changed = tmp_path / f"{name}.py"
-        changed.write_text("# changed\n")
+    for name in CODE:
+        folder = tmp_path / name
+        shutil.copytree(module.HERE, folder)
+        (folder / name).write_text("# changed\n")
         with monkeypatch.context() as patch:
-            patch.setattr(f"stages.{name}.__file__", str(changed))
+            patch.setattr(module, "HERE", folder)
             assert key() != before
     assert key() == before
 
@@ -239,3 +241,8 @@ def test_a_network_with_buffers_or_random_numbers_goes_on_to_the_same_bits(
     assert steps(rest) == [3, 4]
     assert resumed_history == history
     assert bits(resumed) == bits(whole)
+
+
+def test_the_modules_that_decide_the_result_are_train_s_deps() -> None:
+    deps = Pipeline(ROOT).deps("train")
+    assert [f"stages/{name}" for name in CODE] == sorted(dep for dep in deps if dep.startswith("stages/"))

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TEST_SIZE, Project, Store, copy
+from support.data import TEST_SIZE
+from support.project import Project, copy
+from support.store import Store
 
 from commands.compare import Result, compare, interval
 

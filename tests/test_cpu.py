@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Pipeline, Project
+from support.project import ROOT, Pipeline, Project
 
 from stages import cpu
 

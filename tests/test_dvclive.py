@@ -4,8 +4,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, execute, make_project
 from mlflow.entities import Run
+from support.commands import environment, execute
+from support.project import make_project
 
 TRAIN = """
 import yaml

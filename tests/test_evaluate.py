@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TEST_SIZE, Project
 from PIL import Image
 from sklearn.metrics import accuracy_score, classification_report, f1_score, log_loss
+from support.data import TEST_SIZE
+from support.project import Project
 
 from stages.dataset import read_dataset
 from stages.evaluate import bin_confidence, ece, score, score_classes
@@ -28,7 +29,7 @@ def test_scores_equal_scikit_learn_s(missing: int | None) -> None:
         labels[labels == missing] = missing + 1
         predicted[predicted == missing] = missing + 1
     all_labels = list(range(10))
-    scores = score(labels, predicted)
+    scores = score(labels, predicted, all_labels)
     assert scores["test_accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert scores["test_macro_f1"] == pytest.approx(
         f1_score(labels, predicted, labels=all_labels, average="macro", zero_division=0)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Pipeline, Project, Store, copy
 from dvc.utils.serialize import load_yaml
 from mlflow.entities import ViewType
+from support.project import Pipeline, Project, copy
+from support.store import Store
 
 from dvc_mlflow.audit import audit_files
 from dvc_mlflow.project import Project as DVCProject

@@ -18,7 +18,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEST_SIZE, TRAIN_SIZE, make_idx
+from support.data import TEST_SIZE, TRAIN_SIZE, make_idx
+from support.project import ROOT
 
 from stages import fetch
 from stages.dataset import read_dataset
@@ -440,12 +441,12 @@ def test_debian_s_package_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) ->
         struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 28, 28) + bytes(784),
         struct.pack(">4B3I", 0, 0, 9, 3, 1, 28, 28) + bytes(784),
         struct.pack(">4B3I", 0, 0, 8, 3, 1, 28, 28) + bytes(783),
-        struct.pack(">4BI", 0, 0, 8, 1, 784) + bytes(784),
+        struct.pack(">4B5I", 0, 0, 8, 5, 1, 1, 1, 28, 28) + bytes(784),
     ],
 )
 def test_an_idx_file_that_does_not_fit_its_header_is_refused(content: bytes) -> None:
     with pytest.raises(StageError, match="expected"):
-        fetch.parse_idx(content, dimensions=3)
+        fetch.parse_idx(content)
 
 
 def test_idx_is_parsed_as_torchvision_does(params: Fetch, tiny_files: dict[str, bytes], tmp_path: Path) -> None:
@@ -457,11 +458,11 @@ def test_idx_is_parsed_as_torchvision_does(params: Fetch, tiny_files: dict[str, 
         (raw / getattr(params.files, key).name.removesuffix(".gz")).write_bytes(content)
     for part, size in (("train", TRAIN_SIZE), ("test", TEST_SIZE)):
         reference = FashionMNIST(str(tmp_path), train=part == "train")
-        assert np.array_equal(fetch.parse_idx(tiny_files[f"{part}_images"], 3), reference.data.numpy())
-        assert np.array_equal(fetch.parse_idx(tiny_files[f"{part}_labels"], 1), reference.targets.numpy())
+        assert np.array_equal(fetch.parse_idx(tiny_files[f"{part}_images"]), reference.data.numpy())
+        assert np.array_equal(fetch.parse_idx(tiny_files[f"{part}_labels"]), reference.targets.numpy())
         assert len(reference) == size
 
 
 def test_make_idx_and_parse_idx_are_inverse() -> None:
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    assert np.array_equal(fetch.parse_idx(make_idx(array), 3), array)
+    assert np.array_equal(fetch.parse_idx(make_idx(array)), array)

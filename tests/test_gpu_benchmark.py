@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
-from test_train import make_dataset
+from support.commands import environment
+from support.project import ROOT
+from support.training import make_dataset
 
 from stages.dataset import write_dataset
 

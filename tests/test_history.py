@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, execute
 from mlflow.entities import Run
+from support.commands import environment, execute
 
 from benchmarks.history import FIRST_DAY, make_history
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, execute, make_project
+from support.commands import environment, execute
+from support.project import make_project
 
 DVC_YAML = """\
 # The pipeline of a project that declares as little as it can.

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Project, Store, copy, environment
 from dvc.utils.serialize import load_yaml
 from mlflow.entities import LoggedModelStatus
+from support.commands import environment
+from support.project import Project, copy
+from support.store import Store
 
 from stages.stage import md5
 

@@ -4,7 +4,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Pipeline, Project, Store, copy
+from support.project import ROOT, Pipeline, Project, copy
+from support.store import Store
 
 from stages.stage import md5
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Project
 from dvc.utils.serialize import load_yaml
+from support.project import ROOT, Project
 
 from stages.params import read_params
 from stages.stage import StageError

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Pipeline, Project, copy, ran
 from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml
+from support.project import ROOT, Pipeline, Project, copy, ran
 
 from dvc_mlflow.execution import flatten
 from stages.stage import md5
@@ -218,6 +218,12 @@ def test_an_experiment_runs_what_its_change_affects_and_shows_its_values(project
     assert experiment["data"]["params"]["params.yaml"]["data"]["evaluate"]["batch_size"] == 50
     metrics = experiment["data"]["metrics"]["metrics/evaluate.json"]["data"]
     assert metrics == json.loads((project.folder / "metrics/evaluate.json").read_text())
+
+
+def test_no_test_imports_another_or_the_fixtures() -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    found = [name for name, text in texts.items() if re.search(r"^(from|import) (test_|conftest)", text, re.MULTILINE)]
+    assert found == []
 
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Project, Store, ran
 from PIL import Image
+from support.project import Project, ran
+from support.store import Store
 
 ODD = "pfad mit Leerzeichen äöü 100% %41#b"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Project
 from PIL import Image, ImageOps
+from support.project import Project
 
 from commands.predict import read_image
 from stages.dataset import read_dataset

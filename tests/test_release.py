@@ -9,7 +9,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from support.commands import environment
+from support.project import ROOT
 
 import dvc_mlflow
 

@@ -6,18 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Project, copy
+from support.project import Project, copy
 
 from commands.replicate import summarize
 
 
 def test_a_summary_leaves_out_what_did_not_learn_and_counts_it() -> None:
-    summary = summarize({0: 0.8, 1: 0.1, 2: 0.9})
+    summary = summarize({0: 0.8, 1: 0.1, 2: 0.9}, 0.1)
     assert (summary["seeds"], summary["failed_to_learn"]) == (3, 1)
     assert (summary["min"], summary["max"]) == (0.8, 0.9)
     assert summary["mean"] == pytest.approx(0.85)
     assert summary["standard_deviation"] == pytest.approx(0.05 * 2**0.5)
-    assert summarize({0: 0.1})["mean"] is None
+    assert summarize({0: 0.1}, 0.1)["mean"] is None
 
 
 def test_each_seed_is_an_experiment_that_runs_once_and_leaves_the_workspace_alone(project: Project) -> None:

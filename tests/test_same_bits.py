@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import Pipeline, Project
+from support.project import Pipeline, Project
 
 # Of either maker, all with AVX2. The first of each list is also part of the short form.
 CPUS = {"Intel": ["Haswell", "Broadwell", "Skylake-Client"], "AMD": ["EPYC", "EPYC-Rome"]}

@@ -18,11 +18,13 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
-from conftest import ROOT, Pipeline, Project, Served, Store, free_port, ran
 from dvc.utils.serialize import modify_yaml
 from PIL import Image
 from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
+from support.project import ROOT, Pipeline, Project, ran
+from support.servers import Served, free_port
+from support.store import Store
 
 from dvc_mlflow.text import without_credentials
 from stages import fetch

@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 import mlflow
 import pytest
-from conftest import Project, Store, copy, environment, free_port, ran, wait_for_server
+from support.commands import environment
+from support.project import Project, copy, ran
+from support.servers import free_port, wait_for_server
+from support.store import Store
 
 from benchmarks.store import postgres as start_postgres
 

@@ -13,8 +13,11 @@ import onnx
 import onnxruntime
 import pandas as pd
 import pytest
-from conftest import Project, Store, copy, environment, free_port
 from PIL import Image
+from support.commands import environment
+from support.project import Project, copy
+from support.servers import free_port
+from support.store import Store
 
 from commands import export
 from stages.dataset import read_dataset

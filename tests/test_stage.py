@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Project
 from safetensors.numpy import save
+from support.project import Project
 
 from stages.dataset import Dataset, read_dataset, write_dataset
 from stages.lenet import read_model
@@ -66,7 +66,7 @@ FOREIGN = {
     "other tensors": save({"weight": np.zeros(3)}, CLASSES),
     "no metadata": save({"images": np.zeros((1, 28, 28), np.uint8), "labels": np.zeros(1, np.uint8)}),
     "other type": save({"images": np.zeros((1, 28, 28)), "labels": np.zeros(1, np.uint8)}, CLASSES),
-    "other shape": save({"images": np.zeros((1, 32, 32), np.uint8), "labels": np.zeros(1, np.uint8)}, CLASSES),
+    "other shape": save({"images": np.zeros((1, 32, 32, 2), np.uint8), "labels": np.zeros(1, np.uint8)}, CLASSES),
     "other length": save({"images": np.zeros((2, 28, 28), np.uint8), "labels": np.zeros(1, np.uint8)}, CLASSES),
     "a label of 10": save({"images": np.zeros((1, 28, 28), np.uint8), "labels": np.full(1, 10, np.uint8)}, CLASSES),
 }

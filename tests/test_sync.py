@@ -8,8 +8,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Project, Store, copy
 from mlflow.entities import Run
+from support.project import Project, copy
+from support.store import Store
 
 from dvc_mlflow.project import Project as DVCProject
 from dvc_mlflow.store import process_tags

@@ -10,9 +10,12 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import TEST_SIZE, Project, Store, environment, ran
 from dvc.utils.serialize import load_yaml, modify_yaml
 from safetensors import safe_open
+from support.commands import environment
+from support.data import TEST_SIZE
+from support.project import Project, ran
+from support.store import Store
 
 from dvc_mlflow.execution import flatten
 from stages.dataset import read_dataset

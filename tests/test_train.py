@@ -1,67 +1,21 @@
 """Learning: the loop learns, its bits repeat, and its numbers are what they say."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_images
+from support.training import CLASSES, Listener, bits, fit, make_dataset, make_params
 
-from stages.checkpoint import Checkpoint
-from stages.dataset import Dataset
 from stages.device import set_up_device
 from stages.lenet import LeNet, predict, read_model, write_model
-from stages.params import Train, read_params
 from stages.stage import StageError
-from stages.training import lr_at, mean_and_std, train
-
-CLASSES = [f"class {label}" for label in range(10)]
-CPU = torch.device("cpu")
-
-
-class Listener:
-    """Keeps what train reports, as it was at the time."""
-
-    def __init__(self) -> None:
-        self.reports: list[list[dict[str, Any]]] = []
-
-    def __call__(self, history: list[dict[str, Any]]) -> None:
-        self.reports.append([dict(row) for row in history])
-
-
-def make_dataset(size: int) -> Dataset:
-    labels = np.arange(size, dtype=np.uint8) % 10
-    return Dataset(make_images(labels, np.random.default_rng(size)), labels, CLASSES)
+from stages.training import lr_at, mean_and_std
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # checkpoints lie below the current folder
-
-
-def make_params(**changes: Any) -> Train:
-    defaults = read_params(ROOT / "params.yaml").train
-    return defaults.model_copy(
-        update={
-            "validation_size": 100,
-            "batch_size": 16,
-            "epochs": 3,
-            "checkpoint_epochs": 0,
-            "threads": 1,  # threads that wait for each other do so at the cost of the other processes
-            **changes,
-        }
-    )
-
-
-def fit(dataset: Dataset | None = None, listener: Listener | None = None, **changes: Any) -> tuple[LeNet, list[dict]]:
-    params, dataset = make_params(**changes), dataset or make_dataset(600)
-    set_up_device("cpu", params.threads)
-    return train(dataset, params, CPU, Checkpoint(params, dataset, CPU), listener or Listener())
-
-
-def bits(model: LeNet) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -155,10 +109,10 @@ def test_mean_and_std_are_those_of_the_chosen_pixels() -> None:
 
 
 def test_lenet_has_its_parameters_and_standardises_its_input() -> None:
-    model = LeNet("sigmoid", CLASSES, mean=10.0, std=2.0)
+    model = LeNet("sigmoid", CLASSES, (28, 28), mean=10.0, std=2.0)
     assert sum(parameter.numel() for parameter in model.parameters()) == 44_426
     images = torch.from_numpy(make_dataset(4).images)
-    plain = LeNet("sigmoid", CLASSES, mean=0.0, std=1.0)
+    plain = LeNet("sigmoid", CLASSES, (28, 28), mean=0.0, std=1.0)
     plain.load_state_dict(model.state_dict() | {"mean": plain.mean, "std": plain.std})
     shifted = ((images.float() - 10.0) / 2.0).unsqueeze(1)
     reference = torch.nn.functional.conv2d(shifted, model.conv1.weight, model.conv1.bias)

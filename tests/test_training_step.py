@@ -19,7 +19,7 @@ BATCH_SIZE = 8
 def learn(device: torch.device, graph: bool) -> dict[str, Tensor]:
     """The weights, and the sums, after a few batches, the last of them shorter."""
     torch.manual_seed(0)
-    model = LeNet("sigmoid", list("0123456789")).to(device)
+    model = LeNet("sigmoid", list("0123456789"), (28, 28)).to(device)
     images = torch.randint(256, (30, 28, 28), dtype=torch.uint8).to(device)
     labels = (torch.arange(30) % 10).to(device)
     step = Step(model, images, labels)
@@ -83,7 +83,7 @@ def test_on_a_gpu_the_graph_gives_the_same_bits_as_no_graph(capsys: pytest.Captu
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_step_on_a_large_batch_computes_in_the_memory_of_the_step_before() -> None:
     images = torch.zeros(1000, 28, 28, dtype=torch.uint8)
-    model = LeNet("sigmoid", list("0123456789")).to(memory_format=torch.channels_last)
+    model = LeNet("sigmoid", list("0123456789"), (28, 28)).to(memory_format=torch.channels_last)
     step = Step(model, images, torch.arange(1000) % 10)
 
     def page_faults() -> int:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Pipeline, Project, environment
+from support.commands import environment
+from support.project import ROOT, Pipeline, Project
 
 HOLD = """
 import sys

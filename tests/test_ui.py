@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, Served, Store, copy, free_port, serve
 from playwright.sync_api import Page, sync_playwright
+from support.project import Project, copy
+from support.servers import Served, free_port, serve
+from support.store import Store
 
 SECONDS = 30  # for the UI to show something
 
@@ -112,7 +114,7 @@ def test_the_saved_view_has_the_declared_metrics_the_params_that_vary_and_the_be
 ) -> None:
     port = free_port()
     with serve(watched_project, port, "dvc-mlflow", "ui", "--port", str(port)):
-        (address,) = re.findall("http://.*viewStateShareKey=.*", (watched_project.folder / "ui.log").read_text())
+        (address,) = re.findall("table +(http://.*)", (watched_project.folder / "ui.log").read_text())
         page.set_viewport_size({"width": 3000, "height": 1100})  # the table draws no columns outside of the window
         page.goto(address)
         page.get_by_role("link", name="train slow lr=0.0001").wait_for()
@@ -141,11 +143,24 @@ def test_the_saved_view_has_the_declared_metrics_the_params_that_vary_and_the_be
     assert sorted(rows, key=lambda name: rows[name]) == [run.info.run_name for run in [*best, fetch]]
 
 
+def test_the_charts_show_the_curves_of_all_training_runs(
+    page: Page, address: str, watched_project: Project, tmp_path: Path
+) -> None:
+    ended = watched_project.run("dvc-mlflow", "ui", MLFLOW_TRACKING_URI=address.partition("/#/")[0])
+    (charts,) = re.findall("charts +(http://.*)", ended.stdout)
+    page.goto(charts)
+    page.get_by_text("train_loss").first.wait_for()
+    page.locator(".js-plotly-plot").first.wait_for()
+    page.screenshot(path=tmp_path / "charts.png")
+    assert page.get_by_text("validation_accuracy").first.is_visible()
+
+
 def test_for_a_server_the_ui_command_prints_the_address_alone(served: Served) -> None:
     with_user = f"http://ada:secret@127.0.0.1:{served.port}"
     ended = served.project.run("dvc-mlflow", "ui", MLFLOW_TRACKING_URI=with_user)
     assert re.fullmatch(
-        rf"http://127.0.0.1:{served.port}/#/experiments/\d+/runs\?viewStateShareKey=\S+\n", ended.stdout
+        rf"(?:(?:table |charts)  http://127.0.0.1:{served.port}/#/experiments/\d+/runs\?viewStateShareKey=\S+\n){{2}}",
+        ended.stdout,
     )
 
 

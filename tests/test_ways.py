@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Project, Store, copy, ran
 from mlflow.entities import Run
+from support.project import ROOT, Project, copy, ran
+from support.store import Store
 
 from stages.stage import md5
 

@@ -56,7 +56,7 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    tests = Path(__file__).parent
+    tests = Path(__file__).parent.parent
     libraries = [path for path in sys.path if Path(path) not in (tests, tests.parent)]
     sys.path = [str(folder), *libraries, str(tests.parent)]  # the last has the package dvc_mlflow, as if installed
     sys.argv = [module, *arguments]

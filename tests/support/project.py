@@ -1,0 +1,132 @@
+"""Copies of the project, other projects, and what their files and DVC say."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.utils.serialize import load_yaml, modify_yaml
+
+from dvc_mlflow.store import move_artifacts
+from stages.stage import md5
+from support import forked
+from support.commands import environment, execute
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def make_project(folder: Path, files: Mapping[str, str], git: bool = True) -> None:
+    """Make a DVC project of these files in a new folder, in a git repository unless told otherwise; commit nothing."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    commands = (
+        [["git", "init", "-q", "-b", "main"], ["dvc", "init", "-q"]] if git else [["dvc", "init", "-q", "--no-scm"]]
+    )
+    for command in commands:
+        ended = execute(command, folder, environment())
+        assert ended.returncode == 0, ended
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project, with git and DVC, in a folder of its own."""
+
+    folder: Path
+
+    def run(
+        self, *command: str, check: bool = True, warns: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in the folder; env is added to a clean environment.
+
+        It may fail only if check is false, and must print a warning if `warns`, else none.
+        """
+        result = execute(command, self.folder, environment() | env)
+        if check and result.returncode != 0:
+            raise AssertionError(f"{command} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
+        if check:
+            assert bool(re.search("^warning: ", result.stdout + result.stderr, re.MULTILINE)) == warns, result
+        return result
+
+    def dvc(
+        self, *arguments: str, check: bool = True, warns: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run("dvc", *arguments, check=check, warns=warns, **env)
+
+    def repro(self, *arguments: str, check: bool = True, **env: str) -> list[str]:
+        """Run `dvc repro` and return the stages that it ran."""
+        return ran(self.dvc("repro", *arguments, check=check, warns=False, **env).stdout)
+
+    def command(self, name: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """Do what `python -m commands.NAME …`, or `dvc-mlflow NAME …`, does in the folder; see forked.py."""
+        bridge = name in ("sync", "audit", "lineage")
+        module, words = ("dvc_mlflow", (name, *arguments)) if bridge else (f"commands.{name}", arguments)
+        result = forked.run_module(module, words, self.folder, environment() | env)
+        assert "Traceback" not in result.stdout + result.stderr, result
+        if check and result.returncode != 0:
+            raise AssertionError(f"{name} {arguments} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
+        return result
+
+    def commands(self, *commands: str, **env: str) -> dict[str, subprocess.CompletedProcess[str]]:
+        """Do the commands one after the other, each given as one line, and return how they ended, by that line.
+
+        None may say in more than one line why it fails.
+        """
+        ends = {line: self.command(*shlex.split(line), check=False, **env) for line in commands}
+        assert not any("\n" in end.stderr.partition("error: ")[2].rstrip("\n") for end in ends.values()), ends
+        return ends
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a parameter, by its dotted key."""
+        *sections, last = key.split(".")
+        with modify_yaml(self.folder / "params.yaml") as params:
+            for section in sections:
+                params = params[section]
+            params[last] = value
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "-qm", message)
+
+    def md5s(self) -> dict[str, str]:
+        """The MD5 of each out, by its path, as dvc.lock has them."""
+        stages = load_yaml(self.folder / "dvc.lock")["stages"].values()
+        return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}
+
+
+class Pipeline:
+    """What dvc.yaml of a folder says, as it stands there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stages = load_yaml(folder / "dvc.yaml")["stages"]
+
+    def deps(self, stage: str) -> list[str]:
+        return self.stages[stage].get("deps", [])
+
+    def outs(self, stage: str) -> list[str]:
+        """Paths of all outs, metrics files and plots among them."""
+        entries = [entry for kind in ("outs", "metrics", "plots") for entry in self.stages[stage].get(kind, [])]
+        return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+    def hash(self, paths: Iterable[str]) -> dict[str, str]:
+        """MD5 of each file, by its path; "" for a file that is not there."""
+        return {path: md5(self.folder / path) if (self.folder / path).is_file() else "" for path in paths}
+
+
+def copy(project: Project, parent: Path) -> Project:
+    """A copy of the project in parent/project, with an MLflow store that knows where its artifacts lie now."""
+    old, new = project.folder, parent / "project"
+    shutil.copytree(old, new, symlinks=True)
+    if (new / "mlflow.db").exists():
+        move_artifacts(new / "mlflow.db", *((folder / "mlartifacts").as_uri() for folder in (old, new)))
+    return Project(new)
+
+
+def ran(output: str) -> list[str]:
+    """The stages that DVC says it ran."""
+    return re.findall(r"^Running stage '(\w+)'", output, re.MULTILINE)

@@ -1,0 +1,57 @@
+"""Trainings in the process of the test."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.checkpoint import Checkpoint
+from stages.dataset import Dataset
+from stages.device import set_up_device
+from stages.lenet import LeNet
+from stages.params import Train, read_params
+from stages.training import train
+from support.data import make_images
+from support.project import ROOT
+
+CLASSES = [f"class {label}" for label in range(10)]
+CPU = torch.device("cpu")
+
+
+class Listener:
+    """Keeps what train reports, as it was at the time."""
+
+    def __init__(self) -> None:
+        self.reports: list[list[dict[str, Any]]] = []
+
+    def __call__(self, history: list[dict[str, Any]]) -> None:
+        self.reports.append([dict(row) for row in history])
+
+
+def make_dataset(size: int) -> Dataset:
+    labels = np.arange(size, dtype=np.uint8) % 10
+    return Dataset(make_images(labels, np.random.default_rng(size)), labels, CLASSES)
+
+
+def make_params(**changes: Any) -> Train:
+    defaults = read_params(ROOT / "params.yaml").train
+    return defaults.model_copy(
+        update={
+            "validation_size": 100,
+            "batch_size": 16,
+            "epochs": 3,
+            "checkpoint_epochs": 0,
+            "threads": 1,  # threads that wait for each other do so at the cost of the other processes
+            **changes,
+        }
+    )
+
+
+def fit(dataset: Dataset | None = None, listener: Listener | None = None, **changes: Any) -> tuple[LeNet, list[dict]]:
+    params, dataset = make_params(**changes), dataset or make_dataset(600)
+    set_up_device("cpu", params.threads)
+    return train(dataset, params, CPU, Checkpoint(params, dataset, CPU), listener or Listener())
+
+
+def bits(model: LeNet) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
