@@ -48,7 +48,7 @@ def main() -> None:
         if subprocess.run(["git", "config", key], capture_output=True).returncode:
             sys.exit(f"error: expected {key} in git's configuration, found none; `git config --global {key} …` sets it")
     name = f"{args.name}-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
-    results: dict[int, Mapping[str, float]] = {}
+    results: dict[int, Mapping[str, Any]] = {}
     for seed in tqdm(range(args.seeds), name, unit="seed", disable=None):
         experiment = f"{name}-{seed}"
         if experiment not in _experiments():

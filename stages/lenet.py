@@ -45,7 +45,7 @@ class LeNet(nn.Module):
         rows, columns = (((side - 4) // 2 - 4) // 2 for side in shape[:2])
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
-        self.conv1 = nn.Conv2d(*shape[2:] or [1], 6, 5)
+        self.conv1 = nn.Conv2d(shape[2] if len(shape) == 3 else 1, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * rows * columns, 120)
         self.fc2 = nn.Linear(120, 84)
