@@ -152,7 +152,7 @@ def test_the_charts_show_the_curves_of_all_training_runs(
     page.get_by_text("train_loss").first.wait_for()
     page.locator(".js-plotly-plot").first.wait_for()
     page.screenshot(path=tmp_path / "charts.png")
-    assert page.get_by_text("validation_accuracy").first.is_visible()
+    assert page.get_by_text("test_accuracy").first.is_visible()
 
 
 def test_for_a_server_the_ui_command_prints_the_address_alone(served: Served) -> None:
