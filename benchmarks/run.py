@@ -104,7 +104,7 @@ class Bench:
         folder = self.folder / f"copy{self.copies}"
         for name in run(["git", "ls-files", "-z"], ROOT).split("\0")[:-1]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
+            shutil.copy(ROOT / name, folder / name)  # with its run bit
         if not tracking:
             pipeline = folder / "dvc.yaml"
             pipeline.write_text(pipeline.read_text(encoding="utf-8").replace(PREFIX, ""), encoding="utf-8")

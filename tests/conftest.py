@@ -107,7 +107,7 @@ def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: p
     for name in filter(None, listed):
         if (ROOT / name).exists():
             (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, project.folder / name)
+            shutil.copy(ROOT / name, project.folder / name)  # with its run bit
     project.set("fetch.mirrors", [mirror])
     for key, content in tiny_files.items():
         project.set(f"fetch.files.{key}.bytes", len(content))

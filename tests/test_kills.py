@@ -159,7 +159,8 @@ def as_it_is(project: Project) -> None:
 def with_buffers_and_random_numbers(project: Project) -> None:
     """Give the network batch normalisation and dropout."""
     path = project.folder / "stages/lenet.py"
-    layer, more = "nn.Linear(256, 120)", "nn.Sequential(nn.Linear(256, 120), nn.BatchNorm1d(120), nn.Dropout(0.2))"
+    layer = "nn.Linear(16 * rows * columns, 120)"
+    more = f"nn.Sequential({layer}, nn.BatchNorm1d(120), nn.Dropout(0.2))"
     assert layer in path.read_text()
     path.write_text(path.read_text().replace(layer, more))
     project.set("train.init", "default")
