@@ -127,6 +127,7 @@ def test_more_threads_than_cores_give_the_bits_that_they_give_on_more_cores(proj
 def test_cores_are_those_of_the_affinity_and_the_quota_of_a_container(
     limits: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("stages.cpu.ALLOWED", set())  # what an earlier test left
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(100, 164)), raising=False)
     (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/a/b\n")
     (tmp_path / "a/b").mkdir(parents=True)
