@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dvc_mlflow.execution import Execution, MissingBytes
 from dvc_mlflow.project import Owners, Project, Unprovable
 from dvc_mlflow.revision import Commit, Known, Revision
-from dvc_mlflow.store import ABSENT, Store, describe
+from dvc_mlflow.store import Store, describe
 from dvc_mlflow.sync import experiments, own_executions
 from dvc_mlflow.text import UserError, one_line
 
@@ -134,8 +134,7 @@ class History:
         try:
             if isinstance(found, Unprovable):
                 raise found
-            known = self._store.find(found, experiment)
-            if known is None or ABSENT in known.data.tags:
+            if self._store.lacks(found, experiment):
                 _, made = self._store.record(found, experiment)
                 self.made += made
         except (Unprovable, MissingBytes) as error:

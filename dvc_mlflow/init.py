@@ -158,7 +158,7 @@ def _step(file: Path) -> str:
 
 def _artifacts(project: Project, path: Path) -> Iterator[tuple[str, str]]:
     """The models and data sets of a dvc.yaml's stages: path relative to its folder, and type."""
-    index, seen = project.repo.index, set()
+    index, seen = project.index, set()
     read = {dep.fs_path for stage in index.stages for dep in stage.deps}
     named = {
         posixpath.normpath(posixpath.join(posixpath.dirname(dvcfile), str(value["path"])))

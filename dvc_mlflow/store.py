@@ -165,8 +165,14 @@ class Store:
 
     def _know(self, run: Run) -> None:
         if self.known is not None and CLAIM in run.data.tags:
-            self.known.setdefault(run.data.tags[CLAIM], []).append(run)
+            others = [one for one in self.known.get(run.data.tags[CLAIM], []) if one.info.run_id != run.info.run_id]
+            self.known[run.data.tags[CLAIM]] = [*others, run]
             self._mistaken |= {tag for tag in run.data.tags if tag.startswith(MISTAKEN)}
+
+    def lacks(self, execution: Execution, experiment: str | None = None) -> bool:
+        """Whether `record` may have something to add: there is no run, or images could not be had for it."""
+        run = self.find(execution, experiment)
+        return run is None or ABSENT in run.data.tags
 
     def find_alone(self, execution: Execution) -> Run | None:
         """A finished run of an execution whose upstream is unknown."""
@@ -561,11 +567,12 @@ class Store:
             return
         with contextlib.suppress(MissingBytes):
             content = content_of(execution, self.project)
-            if _absent_tag(content) != {ABSENT: run.data.tags[ABSENT]}:
+            if len(content.absent) < len(run.data.tags[ABSENT].split(", ")):
                 self._log_files(run.info.run_id, execution, content)
                 self.client.delete_tag(run.info.run_id, ABSENT)
                 for key, value in _absent_tag(content).items():
                     self.client.set_tag(run.info.run_id, key, value)
+                self._know(self.client.get_run(run.info.run_id))
 
     def _make(self, execution: Execution, experiment: str | None, content: Content) -> Run:
         """Create the run of a finished execution, continuing a killed run if there is one."""

@@ -14,8 +14,10 @@ from dvc_mlflow.text import one_line
 def sync(store: Store) -> Iterator[tuple[str, bool]]:
     """Record the workspace and the experiments of this commit; yield lines, and whether each is a failure."""
     yield from record_all(store, store.project, None, "")
-    for name, rev, baseline in experiments(store.project):
-        if baseline != store.project.repo.scm.get_rev():
+    found = list(experiments(store.project))
+    head = store.project.repo.scm.get_rev() if found else ""
+    for name, rev, baseline in found:
+        if baseline != head:
             continue
         owners = Owners(store.project, name, baseline)
         with store.project.repo.switch(rev):

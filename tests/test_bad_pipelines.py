@@ -442,23 +442,27 @@ def test_a_plot_whose_x_is_no_whole_number_is_an_artifact_alone(pipeline: Pipeli
     assert (pipeline.folder / "mlartifacts" / fit.info.run_id / "artifacts/history.csv").exists()
 
 
-def test_an_image_that_cannot_be_had_costs_no_record_and_is_added_later(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("everything", [[], ["--all"]], ids=["workspace", "history"])
+def test_an_image_that_cannot_be_had_costs_no_record_and_is_added_later(
+    pipeline: Pipeline, everything: list[str]
+) -> None:
     text = PIPELINE.format(prefix="").replace(
         "metrics: [score.yaml]", "metrics: [score.yaml]\n    plots: [picture.png]"
     )
     pipeline.write("dvc.yaml", text.replace("> score.yaml", "> score.yaml; echo picture > picture.png"))
     pipeline.run("dvc", "repro")
+    pipeline.commit()
     picture = pipeline.folder / "picture.png"
     cached = pipeline.folder / ".dvc/cache/files/md5" / md5(picture)[:2] / md5(picture)[2:]
     kept = cached.rename(pipeline.folder / "kept")
     picture.unlink()
-    pipeline.run("dvc-mlflow", "sync")
+    pipeline.run("dvc-mlflow", "sync", *everything)
     (score,) = [run for run in pipeline.runs() if run.data.tags["stage"] == "score"]
     assert (score.data.metrics, score.data.tags["dvc.absent"]) == ({"score": 8.0}, "picture.png")
     kept.rename(cached)
     assert "picture.png" in pipeline.run("dvc-mlflow", "audit", "--all", code=1)
     pipeline.run("dvc", "checkout", "-q")
-    pipeline.run("dvc-mlflow", "sync")
+    pipeline.run("dvc-mlflow", "sync", *everything)
     pipeline.run("dvc-mlflow", "audit", "--all")
     (score,) = [run for run in pipeline.runs() if run.data.tags["stage"] == "score"]
     assert "dvc.absent" not in score.data.tags
