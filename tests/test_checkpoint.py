@@ -193,7 +193,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_line_and_no_more(capsys: py
 
 
 def test_a_training_that_was_cut_off_after_its_last_epoch_writes_its_history(project: Project) -> None:
-    command = Pipeline(project.folder).stages["train"]["cmd"].removeprefix("dvc-mlflow run ").split()
+    command = Pipeline(project.folder).command("train")
     model, history = project.folder / "models/lenet.safetensors", project.folder / "metrics/history.csv"
     expected = model.read_bytes(), history.read_bytes()
     model.unlink()

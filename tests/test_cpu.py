@@ -1,7 +1,6 @@
 """The bits are those that the params say, whatever the environment says; cores are those that the process may use."""
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -86,15 +85,15 @@ def test_stages_give_the_bits_of_the_params_in_any_environment(project: Project)
         outs = Pipeline(project.folder).outs(stage)
         for out in outs:
             (project.folder / out).unlink()
-        command = Pipeline(project.folder).stages[stage]["cmd"].removeprefix("dvc-mlflow run ")
-        result = project.run("env", *settings, *shlex.split(command), warns=True)
+        command = Pipeline(project.folder).command(stage)
+        result = project.run("env", *settings, *command, warns=True)
         assert result.stderr.count("in the environment is ignored") == len(OTHERS)
         assert Pipeline(project.folder).hash(outs) == {out: expected[out] for out in outs}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux, to give a process fewer cores")
 def test_more_threads_than_cores_give_the_bits_that_they_give_on_more_cores(project: Project) -> None:
-    command = Pipeline(project.folder).stages["train"]["cmd"].removeprefix("dvc-mlflow run ").split()[3:]
+    command = Pipeline(project.folder).command("train")[3:]
     code = (
         "import os, runpy, sys; os.sched_setaffinity(0, eval(sys.argv.pop(1))); "
         "runpy.run_module('stages.train', run_name='__main__', alter_sys=True)"

@@ -31,7 +31,7 @@ needs_qemu = pytest.mark.skipif(
 
 def arguments(project: Project, stage: str) -> str:
     """The stage's command from its module on."""
-    return Pipeline(project.folder).stages[stage]["cmd"].removeprefix("dvc-mlflow run python -m ")
+    return shlex.join(Pipeline(project.folder).command(stage)[2:])
 
 
 def turns(project: Project) -> str:

@@ -1,7 +1,6 @@
 """Shape and classes come from the data: colour images of 32 by 32 in five classes, through all stages and commands."""
 
 import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,7 @@ def colours(project: Project) -> Project:
         write_dataset(project.folder / f"data/fashion-mnist/{part}.safetensors", make_dataset(size))
     project.set("train.validation_size", 50)
     for stage in ("train", "evaluate"):
-        command = Pipeline(project.folder).stages[stage]["cmd"].removeprefix("dvc-mlflow run ")
-        project.run(*shlex.split(command))
+        project.run(*Pipeline(project.folder).command(stage))
     return project
 
 
@@ -58,8 +56,7 @@ def test_another_shape_and_number_of_classes_need_no_change(colours: Project, tm
 def test_a_model_of_other_data_is_not_evaluated(colours: Project) -> None:
     dataset = make_dataset(50)
     write_dataset(colours.folder / "data/fashion-mnist/test.safetensors", dataset._replace(classes=CLASSES[::-1]))
-    command = Pipeline(colours.folder).stages["evaluate"]["cmd"].removeprefix("dvc-mlflow run ")
-    result = colours.run(*shlex.split(command), check=False)
+    result = colours.run(*Pipeline(colours.folder).command("evaluate"), check=False)
     assert result.returncode == 1
     assert "to know the classes and the shape of data/fashion-mnist/test.safetensors, found others" in result.stderr
 
@@ -75,7 +72,6 @@ def test_a_training_on_images_that_are_too_small_ends_in_one_line(project: Proje
     write_dataset(
         project.folder / "data/fashion-mnist/train.safetensors", dataset._replace(images=dataset.images[:, :12])
     )
-    command = Pipeline(project.folder).stages["train"]["cmd"].removeprefix("dvc-mlflow run ")
-    result = project.run(*shlex.split(command), check=False)
+    result = project.run(*Pipeline(project.folder).command("train"), check=False)
     assert result.returncode == 1
     assert "error: expected images of 16 to 256 pixels a side, found (12, 32, 3)" in result.stderr

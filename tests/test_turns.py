@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -75,7 +74,7 @@ def test_a_training_waits_for_another_and_goes_on_when_that_is_killed(
     first = hold(len(CORES))
     assert says(first) == "held"
     project.set("train.threads", len(CORES))
-    command = shlex.split(Pipeline(project.folder).stages["train"]["cmd"].removeprefix("dvc-mlflow run "))
+    command = Pipeline(project.folder).command("train")
     training = subprocess.Popen(
         command,
         cwd=project.folder,

@@ -108,6 +108,10 @@ class Pipeline:
     def deps(self, stage: str) -> list[str]:
         return self.stages[stage].get("deps", [])
 
+    def command(self, stage: str) -> list[str]:
+        """The words of the stage's own command, without the launcher."""
+        return shlex.split(self.stages[stage]["cmd"].removeprefix("dvc-mlflow run "))
+
     def outs(self, stage: str) -> list[str]:
         """Paths of all outs, metrics files and plots among them."""
         entries = [entry for kind in ("outs", "metrics", "plots") for entry in self.stages[stage].get(kind, [])]
