@@ -29,6 +29,7 @@ def set_up_device(name: str, threads: int) -> torch.device:
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), but imports no compiler: 0.8 s
     # Nothing here reads memory before it is written: filling it costs 6 % of the step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do by default: the step is an eighth faster
     # Read by cuBLAS when it starts. Source: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()

@@ -57,8 +57,8 @@ class LeNet(nn.Module):
         pixels = images.permute(0, 3, 1, 2) if len(self.shape) == 3 else images.unsqueeze(1)
         x = (pixels.float() - self.mean) / self.std  # (B, 1, 28, 28)
         # Pooling first gives the same numbers, as both activations rise monotonically, with a quarter of the work.
-        x = activate(F.max_pool2d(self.conv1(x), 2))  # (B, 6, 12, 12)
-        x = activate(F.max_pool2d(self.conv2(x), 2))  # (B, 16, 4, 4)
+        x = activate(F.max_pool2d(convolve(self.conv1, x), 2))  # (B, 6, 12, 12)
+        x = activate(F.max_pool2d(convolve(self.conv2, x), 2))  # (B, 16, 4, 4)
         x = activate(self.fc1(x.flatten(1)))  # (B, 120)
         x = activate(self.fc2(x))  # (B, 84)
         return self.fc3(x)
@@ -73,6 +73,18 @@ class LeNet(nn.Module):
             nn.init.xavier_uniform_(layer.weight, gain=1.0 if layer is self.fc3 else gain)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """layer(x); on a GPU by a matrix product, as cuDNN's kernels for so few channels make a step a third longer."""
+    return convolve_patches(layer, x) if x.is_cuda else layer(x)
+
+
+def convolve_patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """layer(x) of x float32 (B, C, H, W), up to rounding, for a layer of stride 1 and no padding."""
+    rows, columns = layer.kernel_size
+    patches = x.permute(0, 2, 3, 1).unfold(1, rows, 1).unfold(2, columns, 1)  # (B, H', W', C, rows, columns)
+    return F.linear(patches.flatten(3), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
 
 
 @torch.inference_mode()
