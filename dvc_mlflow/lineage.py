@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -33,14 +34,11 @@ def lineage(store: Store, target: str, folder: Path | None) -> None:
         return show_run(store, run, folder)
     path = Path(target)
     digest = hash_path(path.absolute(), store.project.repo).hash_info.value if path.exists() else target
-    users = {
-        kind: [
-            run
-            for path in _paths(store.project, kind)
-            for run in store.search({f"dvc.{kind}.{path}": digest}, "FINISHED")
-        ]
-        for kind in ("outs", "deps")
-    }
+    every = {kind: _paths(store.project, kind) for kind in ("outs", "deps")}
+    own = Path(os.path.relpath(path, store.project.repo.root_dir)).as_posix()
+    users = _users(store, digest, {kind: paths & {own} for kind, paths in every.items()} if path.exists() else {})
+    if not any(users.values()):  # a hash, or a copy: its bytes may be of any path
+        users = _users(store, digest, every)
     if not any(users.values()):
         raise UserError(f"expected a run id, or a file or MD5 that a run made or read, found {target}")
     print(f"md5 {digest}")
@@ -50,15 +48,22 @@ def lineage(store: Store, target: str, folder: Path | None) -> None:
     return None
 
 
-def _paths(project: Project, kind: str) -> list[str]:
-    return sorted(
-        {
-            project.path(stage, one.def_path)
-            for stage in project.index.stages  # in no order: to find it would import networkx, for 0.3 s
-            if isinstance(stage, PipelineStage)
-            for one in (stage.outs if kind == "outs" else stage.deps)
-        }
-    )
+def _users(store: Store, digest: str, paths: Mapping[str, set[str]]) -> dict[str, list[Run]]:
+    """The finished runs that made ("outs") or read ("deps") these bytes, by a path of those."""
+    return {
+        kind: [run for path in sorted(those) for run in store.search({f"dvc.{kind}.{path}": digest}, "FINISHED")]
+        for kind, those in paths.items()
+    }
+
+
+def _paths(project: Project, kind: str) -> set[str]:
+    """The paths of all outs or deps of the pipeline."""
+    return {
+        project.path(stage, one.def_path)
+        for stage in project.index.stages  # in no order: to find it would import networkx, for 0.3 s
+        if isinstance(stage, PipelineStage)
+        for one in (stage.outs if kind == "outs" else stage.deps)
+    }
 
 
 def _run(store: Store, target: str) -> Run | None:

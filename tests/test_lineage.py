@@ -1,5 +1,6 @@
 """From a row in MLflow back to the bytes, and from bytes to the rows."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -60,10 +61,11 @@ def test_the_bytes_of_a_dirty_run_come_back_by_its_patch(changed_project: Projec
     assert (folder / "stages/extra.py").read_text() == "# not in git yet\n"
 
 
-@pytest.mark.parametrize("by", ["path", "md5"])
-def test_a_file_leads_to_the_runs_that_made_and_read_it(by: str, finished_project: Project) -> None:
+@pytest.mark.parametrize("by", ["path", "copy", "md5"])
+def test_a_file_leads_to_the_runs_that_made_and_read_it(by: str, finished_project: Project, tmp_path: Path) -> None:
     store, path = Store(finished_project), "models/lenet.safetensors"
-    target = path if by == "path" else finished_project.md5s()[path]
+    elsewhere = shutil.copy(finished_project.folder / path, tmp_path / "model")
+    target = {"path": path, "copy": elsewhere, "md5": finished_project.md5s()[path]}[by]
     lines = lineage(finished_project, target).stdout.splitlines()
     assert lines[0] == f"md5 {finished_project.md5s()[path]}"
     assert [line.split()[:3] for line in lines[1:]] == [
