@@ -69,7 +69,7 @@ PATCH = "code.patch"  # the artifact of a run from a dirty tree
 EXECUTION = "execution.json"  # the artifact with the execution itself
 CLAIM = "dvc.execution"  # the tag that names the execution a run shows
 MISTAKEN = "dvc.mistaken."  # and the hash of a dvc.lock entry that never ran: a tag of the run that did
-ABSENT = "dvc.absent"  # the images that could not be had when the run was recorded: sync adds them when it can
+ABSENT = "dvc.absent."  # and the path of an image that could not be had when the run was recorded: sync adds it later
 CLAIM_SECONDS = 30  # how long to wait for another run that claims an execution
 HOST = socket.gethostname()
 
@@ -172,7 +172,7 @@ class Store:
     def lacks(self, execution: Execution, experiment: str | None = None) -> bool:
         """Whether `record` may have something to add: there is no run, or images could not be had for it."""
         run = self.find(execution, experiment)
-        return run is None or ABSENT in run.data.tags
+        return run is None or bool(_absent(run))
 
     def find_alone(self, execution: Execution) -> Run | None:
         """A finished run of an execution whose upstream is unknown."""
@@ -337,7 +337,7 @@ class Store:
             [*missing, *self._new_metrics(run, content, model_id, now)],
             {key: value for key, value in content.params.items() if key not in run.data.params},
             {key: value for key, value in content.tags.items() if run.data.tags.get(key) != value and key != CLAIM}
-            | _absent_tag(content),
+            | _absent_tags(content),
         )
         self._contents = {**dict(list(self._contents.items())[-20:]), run_id: content}
         return content.problems
@@ -563,15 +563,14 @@ class Store:
 
     def _add_absent(self, run: Run, execution: Execution) -> None:
         """Add the images that could not be had when the run was recorded, if they can now."""
-        if ABSENT not in run.data.tags:
+        if not (before := _absent(run)):
             return
         with contextlib.suppress(MissingBytes):
             content = content_of(execution, self.project)
-            if len(content.absent) < len(run.data.tags[ABSENT].split(", ")):
+            if found := before - _absent_tags(content).keys():
                 self._log_files(run.info.run_id, execution, content)
-                self.client.delete_tag(run.info.run_id, ABSENT)
-                for key, value in _absent_tag(content).items():
-                    self.client.set_tag(run.info.run_id, key, value)
+                for tag in found:
+                    self.client.delete_tag(run.info.run_id, tag)
                 self._know(self.client.get_run(run.info.run_id))
 
     def _make(self, execution: Execution, experiment: str | None, content: Content) -> Run:
@@ -960,8 +959,13 @@ def _pinned(package: str) -> str:
         return package
 
 
-def _absent_tag(content: Content) -> dict[str, str]:
-    return {ABSENT: valid_value(", ".join(content.absent))} if content.absent else {}
+def _absent_tags(content: Content) -> dict[str, str]:
+    return {valid_name(f"{ABSENT}{path}"): "true" for path in content.absent}
+
+
+def _absent(run: Run) -> set[str]:
+    """The tags of the images that the run lacks."""
+    return {tag for tag in run.data.tags if tag.startswith(ABSENT)}
 
 
 def _mistaken_tag(execution: Execution) -> str:

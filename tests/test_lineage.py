@@ -64,7 +64,7 @@ def test_the_bytes_of_a_dirty_run_come_back_by_its_patch(changed_project: Projec
 @pytest.mark.parametrize("by", ["path", "copy", "md5"])
 def test_a_file_leads_to_the_runs_that_made_and_read_it(by: str, finished_project: Project, tmp_path: Path) -> None:
     store, path = Store(finished_project), "models/lenet.safetensors"
-    elsewhere = shutil.copy(finished_project.folder / path, tmp_path / "model")
+    elsewhere = str(shutil.copy(finished_project.folder / path, tmp_path / "model"))
     target = {"path": path, "copy": elsewhere, "md5": finished_project.md5s()[path]}[by]
     lines = lineage(finished_project, target).stdout.splitlines()
     assert lines[0] == f"md5 {finished_project.md5s()[path]}"
