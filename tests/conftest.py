@@ -23,7 +23,7 @@ from dvc.utils.serialize import load_yaml
 from filelock import FileLock
 from support.data import make_tiny_files
 from support.project import ROOT, Project, copy
-from support.servers import Served, free_port, serve
+from support.servers import S3, SSH, Served, free_port, serve
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -178,6 +178,25 @@ def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) 
     port = free_port()
     with serve(project, port, "make", "ui", MLFLOW_PORT=str(port)) as pid:
         yield Served(project, port, pid)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """An S3 server, with the bucket `team`. A test that uses it has a prefix of its own."""
+    server = S3(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SSH]:
+    """An SSH server. A test that uses it has a folder of its own."""
+    try:
+        server = SSH(tmp_path_factory.mktemp("ssh"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    yield server
+    server.stop()
 
 
 @pytest.fixture
