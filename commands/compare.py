@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dvc_mlflow.project import Project
+
 PREDICTIONS = "metrics/predictions.parquet"
 SIGNIFICANCE = 0.05
 Z = 1.959964  # of a 95 % interval
@@ -65,49 +67,50 @@ def _read_revision(name: str) -> Result:
     import dvc.api
     import pandas as pd
     from dvc.exceptions import DvcException
-    from ruamel.yaml import YAML
     from scmrepo.exceptions import SCMError
 
     from dvc_mlflow.execution import flatten
+    from dvc_mlflow.project import Project
+    from dvc_mlflow.text import UserError
 
     rev = None if name == "workspace" else name
     try:
         predictions = pd.read_parquet(io.BytesIO(dvc.api.read(PREDICTIONS, rev=rev, mode="rb")))
         params, metrics = dvc.api.params_show(rev=rev), dvc.api.metrics_show(rev=rev)
-        lock = YAML(typ="safe").load(dvc.api.read("dvc.lock", rev=rev))["stages"]
-    except (DvcException, SCMError, OSError, ValueError) as error:  # ValueError: not Parquet
+        project = Project(Path.cwd())
+        with project.repo.switch(name):
+            stale = _not_run(project.at_this_revision(), params)
+    except (DvcException, SCMError, OSError, UserError, ValueError) as error:  # ValueError: not Parquet
         reason = str(error).splitlines()[0]
         sys.exit(f"error: expected a result named {name}, found none: {reason}; `dvc exp show` lists them")
-    if stale := _not_run(lock, params):
+    if stale:
         sys.exit(f"error: expected up-to-date results in {name}, found none for {stale}; `dvc repro` first")
     of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not per class
     return Result(name, flatten(params), of_all, predictions)
 
 
-def _not_run(lock: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
+def _not_run(project: "Project", params: Mapping[str, Any]) -> str | None:
     """The first param, or stage input, that the results were not made with; None if there is none."""
     from dvc_mlflow.project import lookup
 
-    outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
-    for entry in lock.values():
-        for key, value in entry.get("params", {}).get("params.yaml", {}).items():
+    executions = [found for address in project.stages if (found := project.locked_alone(address))]
+    outs = {path: md5 for execution in executions for path, md5 in execution.outs.items()}
+    for execution in executions:
+        for key, value in execution.params.get("params.yaml", {}).items():
             if lookup(params, key) != value:
                 return f"params.yaml's {key}"
-        for dep in entry.get("deps", []):
-            if outs.get(dep["path"], dep["md5"]) != dep["md5"]:
-                return f"the new {dep['path']}"
+        for path, md5 in execution.deps.items():
+            if outs.get(path, md5) != md5:
+                return f"the new {path}"
     return None
 
 
 def _read_run(run_id: str) -> Result:
     import pandas as pd
 
-    from dvc_mlflow.project import Project
-    from dvc_mlflow.store import Store, describe, quiet
+    from dvc_mlflow.command import open_store
 
-    quiet()
-    try:
-        store = Store(Project(Path.cwd()))
+    with open_store(f"expected a train or evaluate run, found {run_id}") as store:
         run = store.client.get_run(run_id)
         evaluation = run
         if run.data.tags.get("stage") == "train":
@@ -120,8 +123,6 @@ def _read_run(run_id: str) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             path = store.client.download_artifacts(evaluation.info.run_id, PREDICTIONS, folder)
             predictions = pd.read_parquet(path)
-    except Exception as error:  # the store's or the table's, of any kind
-        sys.exit(f"error: expected a train or evaluate run, found {run_id}: {describe(error)}")
     params = {key: _value(value) for key, value in evaluation.data.params.items()}
     metrics = {key: value for key, value in evaluation.data.metrics.items() if key.startswith("test_")}
     return Result(run.info.run_name or run_id, params, metrics, predictions)

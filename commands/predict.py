@@ -130,26 +130,24 @@ def _from_file(name: str) -> tuple[Sequence[int], Predict]:
 
 
 def _from_mlflow(name: str) -> tuple[Sequence[int], Predict]:
-    from dvc_mlflow.project import Project
-    from dvc_mlflow.store import Model, Store, describe, mlflow, quiet
+    from dvc_mlflow.command import open_store
 
-    quiet()
     folder = tempfile.TemporaryDirectory()  # MLflow loads nothing from a path with a % in it
-    try:
-        Store(Project(Path.cwd()))
+    with open_store(f"expected a model at {name}, found none"):
+        import mlflow
+        from mlflow.models import Model
+
+        from dvc_mlflow.store import describe
+
         path = mlflow.artifacts.download_artifacts(name, dst_path=folder.name)
         loader = Model.load(path).flavors.get("python_function", {}).get("loader_module")
         if loader != "mlflow.pyfunc.loaders.code_model":
-            raise StageError(
-                f"expected a model that train made at {name}, found one of another kind, perhaps a pickle; "
+            sys.exit(
+                f"error: expected a model that train made at {name}, found one of another kind, perhaps a pickle; "
                 "it was not loaded"
             )
         model = mlflow.pyfunc.load_model(path)
         shape = model.metadata.get_input_schema().inputs[0].shape[1:]
-    except StageError:
-        raise
-    except Exception as error:  # the store or the model may raise anything
-        raise StageError(f"expected a model at {name}, found none: {describe(error)}") from None
 
     def ask(images: np.ndarray) -> tuple[list[str], np.ndarray]:
         try:

@@ -10,7 +10,6 @@ Nothing else moves that alias. Models are compared as by `python -m commands.com
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.compare import compare, read_result
@@ -29,15 +28,10 @@ def main() -> None:
     parser.add_argument("run", nargs="?", metavar="RUN_ID", help="a train run (default: the one of dvc.lock)")
     parser.add_argument("--force", action="store_true", help="promote it without a comparison")
     args = parser.parse_args()
-    from dvc_mlflow.project import Project
-    from dvc_mlflow.store import Store, describe, quiet
+    from dvc_mlflow.command import open_store
 
-    quiet()
-    try:
-        store = Store(Project(Path.cwd()))
+    with open_store() as store:
         promote(store, find_run(store, args.run), args.force)
-    except Exception as error:  # the store's, of any kind
-        sys.exit(f"error: {describe(error)}")
 
 
 def find_run(store: "Store", run_id: str | None) -> "Run":

@@ -1,7 +1,6 @@
 """The command `dvc-mlflow`, also available as `python -m dvc_mlflow`."""
 
 import argparse
-import gc
 import signal
 import sys
 from collections.abc import Iterator
@@ -103,22 +102,17 @@ def main() -> None:
 
 
 def _do(arguments: argparse.Namespace) -> None:
-    gc.disable()  # imports stay alive: scanning them for garbage would take a third of the time
-    from dvc_mlflow.project import Project
-    from dvc_mlflow.store import Store, describe, quiet
+    from dvc_mlflow.command import open_project, open_store
 
-    gc.enable()
-    gc.freeze()
-    quiet()
-    failed = False
-    try:
-        if arguments.command == "init":
+    if arguments.command == "init":
+        with open_project() as project:
             from dvc_mlflow.init import init
 
-            for line in init(Project(Path.cwd()), arguments.live, arguments.apply):
+            for line in init(project, arguments.live, arguments.apply):
                 print(line)
-            return
-        store = Store(Project(Path.cwd()))
+        return
+    failed = False
+    with open_store() as store:
         if arguments.command == "sync":
             for line, failure in _sync(store, arguments):
                 failed = failed or failure
@@ -141,8 +135,6 @@ def _do(arguments: argparse.Namespace) -> None:
             from dvc_mlflow.lineage import lineage
 
             lineage(store, arguments.target, arguments.restore)
-    except Exception as error:  # from DVC, the store or the user: one line each
-        sys.exit(f"error: {describe(error)}")
     if failed:
         sys.exit(1)
 

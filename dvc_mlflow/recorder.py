@@ -7,7 +7,6 @@ fails, prints one line and exits with 1.
 """
 
 import contextlib
-import gc
 import json
 import os
 import select
@@ -18,18 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Imports stay alive. Scanning them for garbage, again and again, would take a third of the time.
-gc.disable()
+from dvc_mlflow.command import configure
+
+configure()
+
 from dvc.exceptions import DvcException
 
 from dvc_mlflow.execution import Curves, Execution, MissingBytes, curve_name, read_curves, tables
 from dvc_mlflow.launcher import is_strict
 from dvc_mlflow.project import Git, Owners, Project, Unprovable
-from dvc_mlflow.store import Conflict, Store, describe, mistaken, quiet
+from dvc_mlflow.store import Conflict, Store, describe, mistaken
 from dvc_mlflow.text import UserError
-
-gc.enable()
-gc.freeze()
 
 POLL_SECONDS = 0.5  # between two reads of a file of curves
 REREAD_SECONDS = 3  # how long to reread a dvc.yaml that lacks the stage
@@ -245,7 +243,6 @@ def main() -> None:
     """Record; any failure prints one line."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when the command does
         signal.signal(number, signal.SIG_IGN)
-    quiet()
     try:
         record(Events())
     except Exception as error:  # of any kind: the user gets one line

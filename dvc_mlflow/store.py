@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import re
@@ -17,22 +16,12 @@ import sys
 import tempfile
 import time
 import tomllib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
-
-# Before MLflow is imported. A store that does not answer is abandoned after some 8 s; `dvc-mlflow sync` catches up.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # whatever the environment says
-os.environ.pop("MLFLOW_RUN_ID", None)  # it would override the intended run
 
 import mlflow
 import mlflow.pyfunc
@@ -763,13 +752,6 @@ def interrupts_held() -> Iterator[None]:
             signal.signal(number, handler)
         if caught:
             signal.raise_signal(caught[0])
-
-
-def quiet() -> None:
-    """Keep log messages of MLflow and its libraries off standard error: a command's output is about the command."""
-    for name in ("mlflow", "alembic", "urllib3", "dvc", "dvc_data", "dvc_objects"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised anyway
-    warnings.showwarning = lambda *_, **__: None  # MLflow resets filters
 
 
 def describe(error: BaseException) -> str:
