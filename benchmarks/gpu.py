@@ -125,7 +125,7 @@ def one(args: argparse.Namespace, folder: Path, graph: bool = True, kill: bool =
         return {}
     lines = process.stdout.splitlines()
     rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s", process.stdout)]
-    return {**json.loads(lines[-1]), "rates": rates, "resumed": lines[0].startswith("going on after epoch")}
+    return {**json.loads(lines[-1]), "rates": rates, "resumed": lines[0].startswith("continuing after epoch")}
 
 
 def plain(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:

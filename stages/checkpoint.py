@@ -1,8 +1,8 @@
 """The checkpoint of a training: a file outside the outs, from which only the very same training continues.
 
-It holds all that decides the rest of the training: what `Step.state` names, and the random number generator of every
-device. It lies in .dvc/tmp/checkpoints of the project, under a hash of all that decides the result: the data, the
-params, the code, the versions and the hardware. So one of anything else is never used, and the folder may be deleted at
+It holds everything that decides the rest of the training: what `Step.state` names, and the state of each device's
+random number generator. It is in .dvc/tmp/checkpoints of the project, named by a hash of everything that decides the
+result: data, params, code, versions and hardware. So no other training ever uses it, and the folder may be deleted at
 any time.
 """
 
@@ -28,7 +28,7 @@ from stages.stage import StageError, write
 if TYPE_CHECKING:
     from stages.params import Train
 
-# The modules that decide the result: the ones in train's deps.
+# The modules that decide the result: those in train's deps.
 CODE = (
     "checkpoint.py",
     "cpu.py",
@@ -47,7 +47,7 @@ FOLDER = Path(".dvc", "tmp", "checkpoints")  # DVC keeps this .dvc/tmp out of gi
 
 
 class Checkpoint:
-    """Where one training stands after an epoch: its state, and the metrics of each epoch so far."""
+    """The state of one training after an epoch, and the metrics of each epoch so far."""
 
     def __init__(self, params: "Train", dataset: Dataset, device: torch.device) -> None:
         self.key = _key(params, dataset, device)
@@ -56,7 +56,7 @@ class Checkpoint:
         self._warned = False
 
     def save(self, state: Mapping[str, Tensor], history: list[dict[str, Any]]) -> None:
-        """Write the file. Where that fails, warns, once: the training itself has lost nothing."""
+        """Write the file. If that fails, warn once: the training itself can continue."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()} | rng_states()
         content = {"key": self.key, "history": history, "sha256": _sha256(tensors)}
         try:
@@ -68,11 +68,10 @@ class Checkpoint:
             self._warned = True
 
     def load(self, state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """Put the file's state into these tensors, in place, and return the history; [] if there is no file.
+        """Copy the file's state into these tensors, and return the history; [] if there is no file.
 
-        The random number generators continue from where they were, too.
-
-        A file that is damaged, or not of this training, is ignored with a line.
+        Also restores the random number generators. A file that is damaged, or belongs to another training, is ignored
+        with a warning.
         """
         if not self.path.exists():
             return []
@@ -81,7 +80,7 @@ class Checkpoint:
                 content = json.loads(file.metadata()["checkpoint"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if content["key"] != self.key or content["sha256"] != _sha256(tensors):
-                raise ValueError("it is not what this training wrote")
+                raise ValueError("it differs from what this training wrote")
             if _shapes(tensors) != _shapes({**state, **rng_states()}):
                 raise ValueError("its tensors do not fit this training")
             history = list(content["history"])
@@ -95,13 +94,13 @@ class Checkpoint:
         return history
 
     def remove(self) -> None:
-        """Remove the file: what it was for is done."""
-        with contextlib.suppress(OSError):  # one that stays does no harm
+        """Remove the file, as the training is done."""
+        with contextlib.suppress(OSError):  # a leftover does no harm
             self.path.unlink()
 
 
 def _key(params: "Train", dataset: Dataset, device: torch.device) -> str:
-    """SHA-256 of all that decides the result."""
+    """SHA-256 of everything that decides the result."""
     hardware: object = dict(torch.cpu.get_capabilities())  # PyTorch chooses its kernels by these
     if device.type == "cuda":
         hardware = [torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]

@@ -23,7 +23,7 @@ UNSET = (
     "OMP_THREAD_LIMIT",
     "ONEDNN_DEFAULT_FPMATH_MODE",
 )
-ALLOWED: set[int] = set()  # the cores of this process, before OpenMP bound each thread to one
+ALLOWED: set[int] = set()  # the cores of this process, before OpenMP binds each thread to one
 OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -50,12 +50,11 @@ def import_torch(section: str) -> None:
             os.environ[name] = value
     # Beside a busy process, threads that spin while they wait, or that share a core, halve the rate.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    ALLOWED.update(allowed)
+    ALLOWED.update(affinity())
     threads = values.get("threads")
-    if allowed and isinstance(threads, int) and threads >= len(allowed):
+    if ALLOWED and isinstance(threads, int) and threads >= len(ALLOWED):
         os.environ.setdefault("OMP_PROC_BIND", "true")
-    import torch  # noqa: F401  # OpenMP binds this thread, too: else it would wait on the core of one that it waits for
+    import torch  # noqa: F401  # OpenMP binds this thread, too: it would share a core with one that it waits for
 
 
 def has_avx2() -> bool:
@@ -75,11 +74,14 @@ def _read(section: str) -> dict[str, object]:
         return {}
 
 
+def affinity() -> set[int]:
+    """The cores that the system lets this thread use; empty if the system cannot say, as macOS cannot."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
 def cores() -> list[int]:
     """The numbers of the cores that this process may use: its affinity, limited to its cgroup's quota."""
-    of_process = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    of_process = ALLOWED or of_process
-    allowed = sorted(of_process)
+    allowed = sorted(ALLOWED or affinity() or range(os.cpu_count() or 1))
     return allowed[: _quota(len(allowed))]
 
 

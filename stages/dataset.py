@@ -14,7 +14,7 @@ from stages.stage import StageError, shorten, write
 
 class Dataset(NamedTuple):
     images: np.ndarray  # uint8 (N, H, W), or (N, H, W, 3) in colour
-    labels: np.ndarray  # uint8 (N,), each the place of its class in `classes`
+    labels: np.ndarray  # uint8 (N,), each the index of its class in `classes`
     classes: list[str]
 
 
@@ -32,7 +32,7 @@ def read_dataset(path: Path) -> Dataset:
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
             classes = json.loads(file.metadata()["classes"])
             check_classes(classes)
-    # NumPy has not all types of safetensors (AttributeError), and json.loads not all depths (RecursionError).
+    # NumPy lacks some types of safetensors (AttributeError); JSON may be nested too deeply (RecursionError).
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = shorten(error)
         raise StageError(f"{path} is not a data set that fetch wrote ({reason}); run `dvc repro fetch`") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.cpu import cores
 from stages.stage import StageError
 
-# glibc's mallopt(3), from malloc.h: names of the parameters, and the most that the first one may be.
+# glibc's mallopt(3), from malloc.h: numbers of the parameters, and the maximum of the first.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 MMAP_THRESHOLD_MAX = 32 * 2**20
 
@@ -24,7 +24,7 @@ def set_up_device(name: str, threads: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise StageError("expected a CUDA GPU (device: cuda), found none; set device: auto or cpu in params.yaml")
     if threads > len(cores()):
-        print(f"{threads} threads share {len(cores())} CPU core(s): slower, to the same bits", file=sys.stderr)
+        print(f"{threads} threads share {len(cores())} CPU core(s): slower, but with the same bits", file=sys.stderr)
     torch.set_num_threads(threads)  # the bits of a sum on CPU depend on how many threads share it
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), but imports no compiler: 0.8 s
     # Nothing here reads memory before it is written: filling it costs 6 % of the step.
@@ -47,7 +47,7 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def set_rng_states(states: Mapping[str, Tensor]) -> None:
-    """Set the generators to what `rng_states` returned; other names are left alone."""
+    """Set the generators to what `rng_states` returned; ignore other names."""
     torch.set_rng_state(states["rng.cpu"])
     if torch.cuda.is_initialized():
         torch.cuda.set_rng_state_all([states[f"rng.cuda{n}"] for n in range(torch.cuda.device_count())])
@@ -56,7 +56,7 @@ def set_rng_states(states: Mapping[str, Tensor]) -> None:
 def keep_freed_memory() -> None:
     """Keep freed blocks of up to 32 MiB for the next step, if the C library is glibc.
 
-    It would give them back to the system and wait for fresh pages: for a quarter of each step on 1,000 images.
+    It would return them to the system and then wait for fresh pages, for a quarter of each step on 1,000 images.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -51,7 +51,7 @@ def main() -> None:
     dataset, model = read_dataset(args.dataset), read_model(args.model)
     if (model.classes, model.shape) != (dataset.classes, dataset.images.shape[1:]):
         raise StageError(
-            f"expected {args.model} to know the classes and the shape of {args.dataset}, found others; run `dvc repro`"
+            f"expected {args.model} to have the classes and shape of {args.dataset}, found others; run `dvc repro`"
         )
     images = torch.from_numpy(dataset.images).to(device)
     logits = predict(model.to(device), images, params.evaluate.batch_size).cpu()

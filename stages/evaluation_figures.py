@@ -72,20 +72,20 @@ def plot_mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndar
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     wrong = np.flatnonzero(predicted != labels)
     shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
-    height, width, *colours = images.shape[1:]  # in pixels of the images, as are the others
-    columns, gap, text = 6, round(width * 10 / 28), round(height * 13 / 28)
+    height, width, *colours = images.shape[1:]  # in pixels, like the sizes below
+    columns, gap, room = 6, round(width * 10 / 28), round(height * 13 / 28)
     rows = -(-MISTAKES // columns)
-    canvas = np.full((rows * (height + text), columns * (width + gap), *colours), 255, np.uint8)
+    canvas = np.full((rows * (height + room), columns * (width + gap), *colours), 255, np.uint8)
     figure = make_figure(columns * 1.75, rows * 1.95)
     axes = figure.subplots()
     for number, index in enumerate(shown):
         row, column = divmod(number, columns)
-        top, left = row * (height + text), column * (width + gap) + gap // 2
+        top, left = row * (height + room), column * (width + gap) + gap // 2
         canvas[top : top + height, left : left + width] = images[index]
         actual, guess = classes[labels[index]], classes[predicted[index]]
-        said = f"{actual}, not\n{guess} ({confidence[index]:.1%})"
+        text = f"{actual}, not\n{guess} ({confidence[index]:.1%})"
         axes.text(
-            left + width / 2, top + height, said, ha="center", va="top", fontsize=8, linespacing=1.1, parse_math=False
+            left + width / 2, top + height, text, ha="center", va="top", fontsize=8, linespacing=1.1, parse_math=False
         )
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255)
     axes.set_title(

@@ -19,7 +19,7 @@ ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu}
 # (He et al. 2015, https://arxiv.org/abs/1502.01852).
 GAINS = {"sigmoid": 4.0, "relu": 2.0**0.5}
 
-MIN_SIDE, MAX_SIDE = 16, 256  # pixels: two convolutions and poolings need so many; a file may ask for no more
+MIN_SIDE, MAX_SIDE = 16, 256  # pixels: what the layers need, and the most that a model file may claim
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # by the names of safetensors; int64 counts BatchNorm's batches
 
@@ -37,7 +37,7 @@ class LeNet(nn.Module):
     def __init__(
         self, activation: str, classes: list[str], shape: Sequence[int], mean: float = 0.0, std: float = 255.0
     ) -> None:
-        """`shape` is that of an image: (H, W), or (H, W, 3) in colour. Raises ValueError for one that does not fit."""
+        """`shape` is that of an image: (H, W), or (H, W, 3) in colour. Raises ValueError if it does not fit."""
         super().__init__()
         if len(shape) not in (2, 3) or not all(MIN_SIDE <= side <= MAX_SIDE for side in shape[:2]):
             raise ValueError(f"expected images of {MIN_SIDE} to {MAX_SIDE} pixels a side, found {tuple(shape)}")
@@ -56,7 +56,7 @@ class LeNet(nn.Module):
         activate = ACTIVATIONS[self.activation]
         pixels = images.permute(0, 3, 1, 2) if len(self.shape) == 3 else images.unsqueeze(1)
         x = (pixels.float() - self.mean) / self.std  # (B, 1, 28, 28)
-        # Pooling first gives the same numbers, as both activations rise monotonically, with a quarter of the work.
+        # Pooling first gives the same numbers, since both activations are monotonic, with a quarter of the work.
         x = activate(F.max_pool2d(convolve(self.conv1, x), 2))  # (B, 6, 12, 12)
         x = activate(F.max_pool2d(convolve(self.conv2, x), 2))  # (B, 16, 4, 4)
         x = activate(self.fc1(x.flatten(1)))  # (B, 120)
@@ -96,12 +96,12 @@ def predict(model: LeNet, images: Tensor, batch_size: int) -> Tensor:
     model.eval()
     logits = torch.cat([model(batch) for batch in images.split(batch_size)])
     if not logits.isfinite().all():
-        raise StageError("expected finite numbers from the model, found others; train with a train.lr below the last")
+        raise StageError("expected finite numbers from the model, found others; train again with a lower train.lr")
     return logits
 
 
 def write_model(path: Path, model: LeNet) -> None:
-    """Write the weights and all that is needed to use them; the same model gives the same bytes.
+    """Write the weights and what else is needed to use them; the same model gives the same bytes.
 
     Raises StageError if the file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What every stage is: a process that writes whole files or none, and that ends in one clear line."""
+"""What all stages do: write whole files or none, and end with one clear line."""
 
 import contextlib
 import csv
@@ -24,23 +24,23 @@ class StageError(Exception):
 
 
 def shorten(text: object, limit: int = 300) -> str:
-    """At most `limit` characters, on one line, of a text that came from outside and may hold anything."""
+    """At most `limit` characters of an external text, on one line and printable."""
     line = "".join(char if char.isprintable() else " " for char in str(text)[: limit + 1])
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def hide_credentials(text: str) -> str:
-    """The text with no user and password in the addresses that it has: some libraries' errors show them."""
+    """The text without users and passwords in its URLs: some libraries' errors show them."""
     text = re.sub(r"'.*' is not a valid host or port", "no valid host or port", text)  # a password with a slash
-    return re.sub(r"(?<!/)//(?!/)\S*@", "//…@", text)  # up to the last @: a password may have one
+    return re.sub(r"(?<!/)//(?!/)\S*@", "//…@", text)  # up to the last @: a password may contain one
 
 
 def write(path: Path, data: bytes) -> None:
     """Write a whole file: under a temporary name beside it, flushed to disk, then renamed.
 
-    Raises StageError if the file cannot be written; what was at `path` before is then still there.
+    Raises StageError if the file cannot be written; the former file then stays.
     """
-    temporary = path.with_name(path.name + ".tmp")  # a fixed name: the next run takes the place of a leftover
+    temporary = path.with_name(path.name + ".tmp")  # a fixed name: the next run overwrites a leftover
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -69,9 +69,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def check_inputs(*paths: Path) -> None:
-    """Raise StageError if DVC runs the stage on a file that is not what dvc.lock says another stage made.
+    """Raise StageError if DVC runs the stage on a file that differs from what another stage made, as dvc.lock has it.
 
-    DVC does not read what it takes from its cache: a file that was damaged there would pass for the right one.
+    DVC does not read what it takes from its cache, so it does not notice a file that was damaged there.
     """
     lock = Path("dvc.lock")
     if "DVC_STAGE" not in os.environ or not lock.exists():
@@ -98,7 +98,7 @@ def md5(path: Path) -> str:
 
 
 def cache_path(digest: str) -> Path:
-    """Where DVC's cache has the file with this MD5, if it has it."""
+    """Where DVC's cache keeps the file with this MD5, if it has one."""
     from dvc.repo import Repo
 
     with Repo() as repo:
@@ -106,7 +106,7 @@ def cache_path(digest: str) -> Path:
 
 
 def is_damaged(cached: Path) -> bool:
-    """Whether the file is in DVC's cache, but does not have the MD5 that is its name."""
+    """Whether the file is in DVC's cache, but its MD5 is not the one that it is named for."""
     return cached.exists() and md5(cached) != cached.parent.name + cached.name
 
 
@@ -118,7 +118,7 @@ def removal_command(*paths: Path) -> str:
 def prepare() -> None:
     """Before imports that take a second: pause the garbage collector, and hold signals back, until `run`.
 
-    What is imported stays, so none of it is garbage; and a signal would end an import in a traceback.
+    Imports stay alive, so none of them is garbage; and a signal during an import would end in a traceback.
     """
     gc.disable()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -157,7 +157,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def leave() -> NoReturn:
-    """Exit with 0 at once. Python would take 0.2 s to take PyTorch or MLflow apart; a kill could undo the success."""
+    """Exit with 0 at once. Python would take 0.2 s to tear PyTorch down, when a kill could still undo the success."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -182,10 +182,10 @@ def _restore_outs(name: str) -> None:
                     cached = out.hash_info and Path(repo.cache.local.oid_to_path(out.hash_info.value))
                     if cached and is_damaged(cached):
                         print(
-                            f"did not put back {out}: DVC's copy is damaged; `{removal_command(cached)}`",
+                            f"{out} was not restored: DVC's copy is damaged; `{removal_command(cached)}`",
                             file=sys.stderr,
                         )
                     elif cached and cached.exists():
                         write(Path(out.fs_path), cached.read_bytes())
     except (DvcException, OSError, StageError) as error:
-        print(f"could not put back the former outs, as `dvc checkout {name}` does: {error}", file=sys.stderr)
+        print(f"the former outs were not restored ({error}); `dvc checkout {name}` restores them", file=sys.stderr)

@@ -46,7 +46,7 @@ def main() -> None:
     with turn(params.train.threads) if device.type == "cpu" else contextlib.nullcontext():
         model, history = train(dataset, params.train, device, checkpoint, lambda rows: write_csv(args.history, rows))
     write_model(args.model, model)
-    write_csv(args.history, history)  # again: a training that was killed at its very end has no epoch left to report
+    write_csv(args.history, history)  # again: a training that was killed after its last epoch has none left to report
     write_json(args.metrics, {key: value for key, value in history[-1].items() if key not in ("epoch", "train_lr")})
     write_png(args.plots / "curves.png", plot_curves(history))
     checkpoint.remove()

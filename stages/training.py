@@ -32,12 +32,12 @@ def train(
 
     After each epoch, `report` gets the metrics of all epochs so far.
 
-    Raises StageError when a size does not fit the data set, or when the loss is not finite.
+    Raises StageError if a size does not fit the data set, or if the loss is not finite.
     """
     step, training, validation = prepare(dataset, params, device)
     history = checkpoint.load(step.state())
     if history:
-        print(f"going on after epoch {len(history)}/{params.epochs}, from a checkpoint", flush=True)
+        print(f"continuing after epoch {len(history)}/{params.epochs}, from a checkpoint", flush=True)
 
     def at_end_of_epoch(metrics: dict[str, float], rate: float) -> None:
         history.append(metrics)
@@ -53,7 +53,7 @@ def train(
 def prepare(dataset: Dataset, params: "Train", device: torch.device) -> tuple[Step, Tensor, Tensor]:
     """Return the first step, and the indices int64 (N,) of the training and the validation images.
 
-    Raises StageError when a size does not fit the data set.
+    Raises StageError if a size does not fit the data set.
     """
     total = len(dataset.images)
     if params.validation_size >= total:
@@ -90,8 +90,8 @@ def fit(
 ) -> None:
     """Train on the images at these indices for the epochs after the first `done`.
 
-    After each, the callback gets its metrics, and how many images a second it took. Raises StageError when the loss is
-    not finite.
+    After each, the callback gets its metrics, and its rate in images a second. Raises StageError if the loss is not
+    finite.
     """
     device = step.images.device
     steps = -(-len(training) // params.batch_size)  # an epoch's
@@ -104,7 +104,7 @@ def fit(
         metrics = {"epoch": epoch, "train_lr": lrs[-1]} | train_epoch(step, batches, lrs)
         loss = metrics["train_loss"]
         if not np.isfinite(loss) or not all(param.isfinite().all() for param in step.params):
-            found = "infinite weights" if np.isfinite(loss) else loss  # the last step's are in no loss yet
+            found = "infinite weights" if np.isfinite(loss) else loss  # no loss has seen those of the last step yet
             raise StageError(
                 f"expected a finite loss, found {found} in epoch {epoch}; try a train.lr below {params.lr}"
             )
@@ -116,7 +116,7 @@ def fit(
 
 
 def train_epoch(step: Step, batches: Sequence[Tensor], lrs: Sequence[float]) -> dict[str, float]:
-    """Take a step for each batch, at its learning rate; return the mean loss and accuracy on the way.
+    """Take a step for each batch, at its learning rate; return the mean loss and accuracy while it learns.
 
     Batches are indices int64 (B,); the last may be shorter.
     """
@@ -139,7 +139,7 @@ def validate(model: LeNet, images: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def lr_at(step: int, steps: int, params: "Train") -> float:
-    """The learning rate of step 0..steps-1: a function of nothing else, so that it needs no state.
+    """The learning rate of step 0..steps-1, from params alone, so that it needs no state.
 
     one_cycle is the linear form of Smith and Topin 2018, https://arxiv.org/abs/1708.07120, read at mid-step.
     """

@@ -15,7 +15,7 @@ WARM_UP_STEPS = 3  # before a capture, as https://docs.pytorch.org/docs/stable/n
 
 
 class Step:
-    """A step of Adam on a batch; adds up the loss and the hits on the way.
+    """A step of Adam on a batch; also adds up the loss and the correct predictions.
 
     Adam is PyTorch's functional form, with the class's defaults: building a torch.optim.Optimizer imports
     torch._dynamo, which takes a second, and its bookkeeping is 8 % of a step this small.
@@ -39,7 +39,7 @@ class Step:
     def state(self) -> dict[str, Tensor]:
         """What a step changes and the next one depends on, by name: the tensors themselves, not copies.
 
-        Not in it are the random number generators, which are PyTorch's.
+        The random number generators are not in it: PyTorch keeps them.
         """
         names = [name for name, _ in self.model.named_parameters()]
         kinds = {"param": self.params, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "step": self.steps}
@@ -88,7 +88,7 @@ class Step:
     def use_cuda_graph(self, batch_size: int) -> None:
         """From now on, launch a step on `batch_size` images as one CUDA graph instead of some hundred kernels.
 
-        Where the capture fails, warns and leaves all as it was: the same steps are then launched one by one.
+        If the capture fails, warns and changes nothing: the same kernels are then launched one by one.
         """
         state = [*self.state().values(), self.loss_sum, self.correct]
         before, rng = [tensor.detach().clone() for tensor in state], rng_states()
@@ -97,14 +97,14 @@ class Step:
             self._replay = self._capture()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            print(f"warning: no CUDA graph ({reason}); training goes on without, more slowly", file=sys.stderr)
-        with torch.no_grad():  # warming up was learning, too: forget it
+            print(f"warning: no CUDA graph ({reason}); training continues without it, more slowly", file=sys.stderr)
+        with torch.no_grad():  # undo what the warm-up learned
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         set_rng_states(rng)
 
     def _capture(self) -> Callable[[], None]:
-        """Run the step some times, so that libraries set themselves up, and capture it. Raises RuntimeError."""
+        """Run the step a few times, so that libraries initialise, and capture it. Raises RuntimeError."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,7 +1,7 @@
 """Trainings of one user on one host take turns for the CPU cores that they need.
 
-If two share cores, each takes many times as long: the threads of one wait for each other, at every operation, while
-the other's have the cores.
+If two share cores, each takes many times as long: at every operation, the threads of one wait for each other while
+the other has the cores.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def turn(threads: int) -> Iterator[None]:
                 while not _take(file, threads):
                     time.sleep(POLL_SECONDS)
         except OSError as error:
-            print(f"warning: cannot lock {path} ({error.strerror}): trainings take no turns", file=sys.stderr)
+            print(f"warning: cannot lock {path} ({error.strerror}): trainings do not take turns", file=sys.stderr)
         yield
 
 

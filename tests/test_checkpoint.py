@@ -201,7 +201,7 @@ def test_a_training_that_was_cut_off_after_its_last_epoch_writes_its_history(pro
     assert "cannot write models/lenet.safetensors" in project.run(*command, check=False).stderr
     model.rmdir()
     history.unlink()
-    assert "going on after epoch 3/3, from a checkpoint" in project.run(*command).stdout
+    assert "continuing after epoch 3/3, from a checkpoint" in project.run(*command).stdout
     assert (model.read_bytes(), history.read_bytes()) == expected
 
 

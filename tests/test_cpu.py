@@ -104,7 +104,7 @@ def test_more_threads_than_cores_give_the_bits_that_they_give_on_more_cores(proj
     found = []
     for few in (allowed[:1], allowed):
         result = project.run(sys.executable, "-c", code, str(few), *command)
-        line = f"3 threads share {len(few)} CPU core(s): slower, to the same bits\n"
+        line = f"3 threads share {len(few)} CPU core(s): slower, but with the same bits\n"
         assert result.stderr == (line if len(few) < 3 else "")
         found.append((project.folder / "models/lenet.safetensors").read_bytes())
     assert found[0] == found[1]

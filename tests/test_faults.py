@@ -15,7 +15,7 @@ import psutil
 import pytest
 from dvc.utils.serialize import load_yaml
 from mlflow.entities import ViewType
-from support.project import Pipeline, Project, copy
+from support.project import STAGES, Pipeline, Project, copy
 from support.store import Store
 
 from dvc_mlflow.audit import audit_files
@@ -118,8 +118,9 @@ def test_a_full_disk_tears_no_file_and_with_more_room_the_same_bytes_come_out(
     leave(100, small_disk)  # too little for what the stage makes, and for what it puts back then
     result = project.dvc("repro", "--force", "--single-item", "train", check=False)
     assert result.returncode != 0
-    put_back = "could not put back the former outs, as `dvc checkout train` does: cannot write models/lenet.safetensors"
-    assert put_back in result.stderr.replace(f"{project.folder}/", "")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("the former outs were not restored (")]
+    assert f"cannot write {project.folder}/models/lenet.safetensors" in line
+    assert line.endswith("; `dvc checkout train` restores them")
     assert is_whole(project, finished_project)
     (small_disk / "filler").unlink()
     project.repro()
@@ -261,7 +262,7 @@ def test_a_clock_that_jumps_changes_no_byte_and_no_record(
     project.command("sync")
     assert audit(project) == ["dvc.yaml, the params, dvc.lock, the files and MLflow agree"]
     store = Store(project)
-    runs = [run for stage in ("fetch", "train", "evaluate") for run in store.runs(stage)]
+    runs = [run for stage in STAGES for run in store.runs(stage)]
     assert len(store.runs("train")) == 1, "one execution has one run"
     given_up = store.client.search_runs([store.experiment_id], run_view_type=ViewType.DELETED_ONLY)
     assert len([run for run in given_up if run.data.tags["stage"] == "train"]) == times
@@ -295,7 +296,7 @@ def test_runs_of_a_clock_that_was_an_hour_ahead_end_after_their_start_and_mislea
     store.client.set_terminated(evaluation, "FINISHED", ahead)
     dead = begin("train", **{"process.created": "1.00", "dvc.fingerprint": "another"})
     lines = project.command("sync").stdout.splitlines()
-    recorded = [f"{stage}: recorded before" for stage in ("fetch", "train", "evaluate")]
+    recorded = [f"{stage}: recorded before" for stage in STAGES]
     assert lines == [f"closed run {dead}, whose process is gone", *recorded]
     assert store.client.get_run(dead).info.end_time == ahead
 
@@ -382,7 +383,7 @@ def test_what_a_failed_stage_puts_back_is_whole_or_not_put_back(
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if not line.startswith("error: train.batch_size: ")]
     assert lines == [
-        f"did not put back {path}: DVC's copy is damaged; `rm -f {cached(project, path)}`" for path in outs[:3]
+        f"{path} was not restored: DVC's copy is damaged; `rm -f {cached(project, path)}`" for path in outs[:3]
     ]
     assert is_whole(project, finished_project)
     assert [path for path in outs if (project.folder / path).exists()] == outs[3:]

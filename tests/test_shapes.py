@@ -58,7 +58,7 @@ def test_a_model_of_other_data_is_not_evaluated(colours: Project) -> None:
     write_dataset(colours.folder / "data/fashion-mnist/test.safetensors", dataset._replace(classes=CLASSES[::-1]))
     result = colours.run(*Pipeline(colours.folder).command("evaluate"), check=False)
     assert result.returncode == 1
-    assert "to know the classes and the shape of data/fashion-mnist/test.safetensors, found others" in result.stderr
+    assert "to have the classes and shape of data/fashion-mnist/test.safetensors, found others" in result.stderr
 
 
 @pytest.mark.parametrize("shape", [(15, 28), (28, 257), (28,), (28, 28, 3, 3)])

@@ -176,7 +176,7 @@ def test_where_the_file_of_locks_cannot_be_used_a_line_says_so_and_nobody_waits(
     process = hold(1)
     assert says(process) == "held"
     _, errors = process.communicate(timeout=30)
-    expected = f"warning: cannot lock {path} ({reason}): trainings take no turns\n" if reason else ""
+    expected = f"warning: cannot lock {path} ({reason}): trainings do not take turns\n" if reason else ""
     assert errors == expected
     assert not (tmp_path / "elsewhere").exists()
 
@@ -195,4 +195,4 @@ def test_a_read_only_or_full_folder_of_temporary_files_stops_no_training(how: st
         subprocess.run(["umount", tmp_path], check=True)
     reason = "No space left on device" if how == "full" else "Read-only file system"
     path = tmp_path / f"training-cores-{os.getuid()}"
-    assert errors == f"warning: cannot lock {path} ({reason}): trainings take no turns\n"
+    assert errors == f"warning: cannot lock {path} ({reason}): trainings do not take turns\n"
