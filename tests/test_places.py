@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.project import Project, ran
+from support.project import STAGES, Project, ran
 from support.store import Store
 
 ODD = "pfad mit Leerzeichen äöü 100% %41#b"
@@ -64,7 +64,7 @@ def test_an_odd_folder_an_ordinary_user_no_home_no_terminal_and_then_a_move_and_
     closed.rmdir()
 
     result = project.run(*plain, "dvc", "repro")
-    assert ran(result.stdout) == ["fetch", "train", "evaluate"]
+    assert set(ran(result.stdout)) == {*STAGES}
     assert "warning" not in result.stderr
     assert_plain(result)
     assert_opens(project, picture, "promote")

@@ -7,13 +7,13 @@ import shutil
 import sys
 
 import pytest
-from support.project import Pipeline, Project
+from support.project import STAGES, Pipeline, Project
 
 # Of either maker, all with AVX2. The first of each list is also part of the short form.
 CPUS = {"Intel": ["Haswell", "Broadwell", "Skylake-Client"], "AMD": ["EPYC", "EPYC-Rome"]}
 
 # One process for two stages: to import PyTorch is most of what an emulated one does.
-STAGES = """
+TWO_STAGES = """
 import shlex, sys
 from stages import cpu
 cpu.import_torch("train")
@@ -54,7 +54,7 @@ def test_an_emulated_cpu_gives_the_bits_of_this_one(maker: str, project: Project
         remove_outs(project, "train", "evaluate")
         commands = [arguments(project, stage) for stage in ("train", "evaluate")]
         result = project.run(
-            "qemu-x86_64", "-cpu", model, sys.executable, "-c", STAGES, *commands, TMPDIR=turns(project)
+            "qemu-x86_64", "-cpu", model, sys.executable, "-c", TWO_STAGES, *commands, TMPDIR=turns(project)
         )
         assert "epoch 3/3" in result.stdout
         found = Pipeline(project.folder).hash(outs)
@@ -66,20 +66,19 @@ def test_all_outs_of_all_stages_have_the_same_bits_with_two_threads(new_project:
     """The commands of dvc.yaml, with the default number of threads."""
     if not stress:
         pytest.skip("the long form: --stress")
-    stages = ("fetch", "train", "evaluate")
-    for stage in stages[1:]:
+    for stage in ("train", "evaluate"):
         new_project.set(f"{stage}.threads", 2)
 
     def run(*before: str) -> dict[str, str]:
-        for stage in stages:
+        for stage in STAGES:
             new_project.run(
                 *before, sys.executable, "-m", *shlex.split(arguments(new_project, stage)), TMPDIR=turns(new_project)
             )
         found = Pipeline(new_project.folder).hash(outs)
-        remove_outs(new_project, *stages)
+        remove_outs(new_project, *STAGES)
         return found
 
-    outs = [out for stage in stages for out in Pipeline(new_project.folder).outs(stage)]
+    outs = [out for stage in STAGES for out in Pipeline(new_project.folder).outs(stage)]
     expected = run()
     assert "" not in expected.values()
     for model in itertools.chain.from_iterable(CPUS.values()):
@@ -93,6 +92,6 @@ def test_a_cpu_without_avx2_trains_and_says_that_its_bits_differ(project: Projec
     commands = [arguments(project, stage) for stage in ("train", "evaluate")]
     emulated = ("qemu-x86_64", "-cpu", "SandyBridge", sys.executable)
     # NumPy's OpenBLAS would take the emulated CPU for a Haswell.
-    result = project.run(*emulated, "-c", STAGES, *commands, warns=True, OPENBLAS_CORETYPE="Sandybridge")
+    result = project.run(*emulated, "-c", TWO_STAGES, *commands, warns=True, OPENBLAS_CORETYPE="Sandybridge")
     assert "epoch 3/3" in result.stdout
     assert "warning: train.bits: portable needs an x86-64 CPU with AVX2, which this is not" in result.stderr

@@ -14,13 +14,11 @@ from typing import NamedTuple
 import mlflow
 import pytest
 from support.commands import environment
-from support.project import Project, copy, ran
+from support.project import STAGES, Project, copy, ran
 from support.servers import free_port, wait_for_server
 from support.store import Store
 
 from benchmarks.store import postgres as start_postgres
-
-STAGES = ("fetch", "train", "evaluate")
 
 
 class Server:

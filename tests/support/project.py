@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ class Pipeline:
         self.folder = folder
         self.stages = load_yaml(folder / "dvc.yaml")["stages"]
 
+    def in_order(self) -> list[str]:
+        """The stages, each after those whose outs it reads."""
+        makers = {out: stage for stage in self.stages for out in self.outs(stage)}
+        before = {stage: [makers[dep] for dep in self.deps(stage) if dep in makers] for stage in self.stages}
+        return list(TopologicalSorter(before).static_order())
+
+    def upstream(self, stage: str) -> set[str]:
+        """The stages whose outs the stage reads, directly or not."""
+        near = {other for other in self.stages if {*self.outs(other)} & {*self.deps(stage)}}
+        return near.union(*map(self.upstream, near))
+
     def deps(self, stage: str) -> list[str]:
         return self.stages[stage].get("deps", [])
 
@@ -112,14 +124,28 @@ class Pipeline:
         """The words of the stage's own command, without the launcher."""
         return shlex.split(self.stages[stage]["cmd"].removeprefix("dvc-mlflow run "))
 
-    def outs(self, stage: str) -> list[str]:
-        """Paths of all outs, metrics files and plots among them."""
-        entries = [entry for kind in ("outs", "metrics", "plots") for entry in self.stages[stage].get(kind, [])]
-        return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+    def outs(self, stage: str, kinds: Iterable[str] = ("outs", "metrics", "plots")) -> list[str]:
+        """Paths of the outs, of these kinds."""
+        return [path for kind in kinds for path in self._settings(stage, kind)]
+
+    def in_git(self, stage: str) -> list[str]:
+        """Paths of the metrics files that git keeps."""
+        return [path for path, settings in self._settings(stage, "metrics").items() if settings.get("cache") is False]
+
+    def _settings(self, stage: str, kind: str) -> dict[str, dict[str, Any]]:
+        """The outs of this kind, each with its settings."""
+        found: dict[str, dict[str, Any]] = {}
+        for entry in self.stages[stage].get(kind, []):
+            found |= entry if isinstance(entry, dict) else {entry: {}}
+        return found
 
     def hash(self, paths: Iterable[str]) -> dict[str, str]:
         """MD5 of each file, by its path; "" for a file that is not there."""
         return {path: md5(self.folder / path) if (self.folder / path).is_file() else "" for path in paths}
+
+
+PIPELINE = Pipeline(ROOT)
+STAGES = PIPELINE.in_order()
 
 
 def copy(project: Project, parent: Path) -> Project:
