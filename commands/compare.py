@@ -6,17 +6,20 @@ python -m commands.compare 0f3c…  9b1d…           MLflow runs, by id: train 
 python -m commands.compare --md main slower       for a pull request; --json for a program
 
 The predictions of A and B are paired by test image. The interval is Agresti and Min's (2005) for a difference of paired
-proportions; the test is McNemar's exact test.
+proportions; the test is McNemar's exact test. Results that were not made with the code, params and data beside them are
+refused. The exit code is 3 if B is worse, 1 if the two cannot be compared.
 """
 
 import argparse
+import contextlib
+import hashlib
 import io
 import json
 import math
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +33,7 @@ PREDICTIONS = "metrics/predictions.parquet"
 SIGNIFICANCE = 0.05
 Z = 1.959964  # of a 95 % interval
 MOVED = 3  # classes to list
+WORSE = 3  # the exit code
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Result:
     params: Mapping[str, Any]
     metrics: Mapping[str, float]
     predictions: "pd.DataFrame"
+    commit: str = ""  # short; "" for the workspace and for runs
+
+    @property
+    def heading(self) -> str:
+        return f"{self.name} ({self.commit})" if self.commit not in ("", self.name) else self.name
 
 
 def main() -> None:
@@ -50,65 +59,99 @@ def main() -> None:
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--md", action="store_true", help="print Markdown")
     args = parser.parse_args()
-    a, b = read_result(args.A), read_result(args.B)
-    comparison = compare(a, b)
+    from dvc_mlflow.command import open_project
+
+    with open_project() as project:
+        a, b = read_result(project, args.A), read_result(project, args.B)
+        comparison = compare(a, b)
     if args.json:
         print(json.dumps(comparison, indent=2, ensure_ascii=False))
+    elif args.md:
+        print(markdown(comparison, a, b))
     else:
-        show(comparison, a.name, b.name, markdown=args.md)
+        show(comparison, a, b)
+    if comparison["verdict"] == "worse":
+        sys.exit(WORSE)
 
 
-def read_result(name: str) -> Result:
-    """Read a result by git revision, DVC experiment, `workspace` or MLflow run id. Exits if there is none."""
-    return _read_run(name) if re.fullmatch("[0-9a-f]{32}", name) else _read_revision(name)
+def read_result(project: "Project", name: str) -> Result:
+    """Read a result by git revision, DVC experiment, `workspace` or MLflow run id.
 
-
-def _read_revision(name: str) -> Result:
-    import dvc.api
-    import pandas as pd
-    from dvc.exceptions import DvcException
-    from scmrepo.exceptions import SCMError
-
-    from dvc_mlflow.execution import flatten
-    from dvc_mlflow.project import Project
+    Raises UserError if there is none, or if it was not made with the code, params and data beside it.
+    """
+    if re.fullmatch("[0-9a-f]{32}", name):
+        return _read_run(name)
+    from dvc_mlflow.status import changed
     from dvc_mlflow.text import UserError
 
-    rev = None if name == "workspace" else name
+    with at(project, name) as (there, commit):
+        if stale := list(changed(there)):
+            others = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
+            raise UserError(
+                f"expected results of {name}'s own code, params and data, found those of others: {stale[0]}{others}; "
+                "`dvc repro`, then commit dvc.lock"
+            )
+        return read_revision(there, name, commit)
+
+
+@contextlib.contextmanager
+def at(project: "Project", name: str) -> Iterator[tuple["Project", str]]:
+    """The project in a git revision or DVC experiment, and the commit; `workspace` is as it is, without a commit.
+
+    Raises UserError if there is no such revision.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.scm import resolve_rev
+    from scmrepo.exceptions import SCMError
+
+    from dvc_mlflow.text import UserError, one_line
+
+    if name == "workspace":
+        yield project, ""
+        return
     try:
-        predictions = pd.read_parquet(io.BytesIO(dvc.api.read(PREDICTIONS, rev=rev, mode="rb")))
+        rev = resolve_rev(project.repo.scm, name)
+    except (DvcException, SCMError, NotImplementedError) as error:  # NotImplementedError: there is no git
+        raise UserError(
+            f"expected a git revision or a DVC experiment, found {one_line(name)}: {one_line(error)}; "
+            "`git fetch origin` gets what this clone lacks, `dvc exp show` lists experiments"
+        ) from None
+    with project.repo.switch(rev):
+        yield project.at_this_revision(), rev
+
+
+def read_revision(there: "Project", name: str, commit: str) -> Result:
+    """Read the result in the workspace or commit that DVC looks at. Raises UserError if there is none."""
+    import dvc.api
+    import pandas as pd
+
+    from dvc_mlflow.execution import flatten
+    from dvc_mlflow.text import UserError, one_line
+
+    rev = commit or None
+    try:
+        data = dvc.api.read(PREDICTIONS, rev=rev, mode="rb")
+        predictions = pd.read_parquet(io.BytesIO(data))
         params, metrics = dvc.api.params_show(rev=rev), dvc.api.metrics_show(rev=rev)
-        project = Project(Path.cwd())
-        with project.repo.switch(name):
-            stale = _not_run(project.at_this_revision(), params)
-    except (DvcException, SCMError, OSError, UserError, ValueError) as error:  # ValueError: not Parquet
-        reason = str(error).splitlines()[0]
-        sys.exit(f"error: expected a result named {name}, found none: {reason}; `dvc exp show` lists them")
-    if stale:
-        sys.exit(f"error: expected up-to-date results in {name}, found none for {stale}; `dvc repro` first")
+    except Exception as error:  # of DVC, its remote or the file, of many kinds
+        raise UserError(
+            f"expected a result named {name}, found none: {one_line(str(error).partition(chr(10))[0])}; `dvc pull` or "
+            "`dvc fetch` gets results, `dvc exp show` lists them"
+        ) from None
+    digests = [one.outs.get(PREDICTIONS) for address in there.stages if (one := there.locked_alone(address))]
+    if hashlib.md5(data).hexdigest() not in digests:  # DVC does not verify what it takes from its cache
+        raise UserError(
+            f"expected {name}'s {PREDICTIONS} as in dvc.lock, found other bytes; `dvc-mlflow audit` says where"
+        )
     of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not per class
-    return Result(name, flatten(params), of_all, predictions)
-
-
-def _not_run(project: "Project", params: Mapping[str, Any]) -> str | None:
-    """The first param, or stage input, that the results were not made with; None if there is none."""
-    from dvc_mlflow.project import lookup
-
-    executions = [found for address in project.stages if (found := project.locked_alone(address))]
-    outs = {path: md5 for execution in executions for path, md5 in execution.outs.items()}
-    for execution in executions:
-        for key, value in execution.params.get("params.yaml", {}).items():
-            if lookup(params, key) != value:
-                return f"params.yaml's {key}"
-        for path, md5 in execution.deps.items():
-            if outs.get(path, md5) != md5:
-                return f"the new {path}"
-    return None
+    return Result(name, flatten(params), of_all, predictions, commit[:7])
 
 
 def _read_run(run_id: str) -> Result:
     import pandas as pd
 
     from dvc_mlflow.command import open_store
+    from dvc_mlflow.text import UserError
 
     with open_store(f"expected a train or evaluate run, found {run_id}") as store:
         run = store.client.get_run(run_id)
@@ -116,9 +159,7 @@ def _read_run(run_id: str) -> Result:
         if run.data.tags.get("stage") == "train":
             children = store.search({"stage": "evaluate", "mlflow.parentRunId": run_id}, "FINISHED")
             if not children:
-                sys.exit(
-                    f"error: expected an evaluation of run {run_id}, found none; `dvc repro` and `make sync` make it"
-                )
+                raise UserError("it has no evaluation; `dvc repro` and `make sync` make one")
             evaluation = children[0]
         with tempfile.TemporaryDirectory() as folder:
             path = store.client.download_artifacts(evaluation.info.run_id, PREDICTIONS, folder)
@@ -136,13 +177,21 @@ def _value(text: str) -> Any:
 
 
 def compare(a: Result, b: Result) -> dict[str, Any]:
-    """The comparison of B with A. Exits if the two were not tested on the same images."""
+    """The comparison of B with A. Raises UserError if the two were not tested on the same images and classes."""
     from scipy.stats import binomtest
 
+    from dvc_mlflow.text import UserError
+
     labels = a.predictions["label"].to_numpy()
+    classes, of_b = (list(one.predictions.columns[3:]) for one in (a, b))
+    if classes != of_b:
+        raise UserError(
+            f"expected the same classes, found {_listed(classes, of_b)} in {a.name} and {_listed(of_b, classes)} in "
+            f"{b.name}; compare results on the same test set"
+        )
     if not a.predictions["label"].equals(b.predictions["label"]):
-        sys.exit(
-            f"error: expected predictions for the same test images, found {len(labels):,} in {a.name} and "
+        raise UserError(
+            f"expected predictions for the same test images, found {len(labels):,} in {a.name} and "
             f"{len(b.predictions):,} in {b.name}, with different labels; compare results on the same test set"
         )
     hits_a, hits_b = (one.predictions["predicted"].to_numpy() == labels for one in (a, b))
@@ -150,7 +199,6 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
     low, high = interval(only_a, only_b, len(labels))
     p = float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
     found = verdict(only_a, only_b, p)
-    classes = list(a.predictions.columns[3:])
     moved = [
         {"class": name, "a": float(hits_a[labels == label].mean()), "b": float(hits_b[labels == label].mean())}
         for label, name in enumerate(classes)
@@ -160,6 +208,7 @@ def compare(a: Result, b: Result) -> dict[str, Any]:
     return {
         "a": a.name,
         "b": b.name,
+        "commits": {"a": a.commit, "b": b.commit},
         "verdict": found,
         "sentence": sentence(a.name, b.name, found, p, low, high),
         "params": {
@@ -201,10 +250,9 @@ def sentence(a: str, b: str, found: str, p: float, low: float, high: float) -> s
     return f"{b} is {found} than {a}, by {abs(low + high) / 2:.2%} of the test images ({chance})."
 
 
-def show(comparison: Mapping[str, Any], a: str, b: str, markdown: bool) -> None:
-    """Print the comparison as tables."""
-    difference, test = comparison["accuracy_difference"], comparison["mcnemar"]
-    tables: list[tuple[str, list[tuple[str, ...]]]] = [
+def tables(comparison: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """The title and rows of each table that has rows: a name, the value of A, that of B and, of numbers, the change."""
+    found: list[tuple[str, list[tuple[str, ...]]]] = [
         ("params that differ", [(key, _text(row["a"]), _text(row["b"])) for key, row in comparison["params"].items()]),
         (
             "metrics",
@@ -219,32 +267,57 @@ def show(comparison: Mapping[str, Any], a: str, b: str, markdown: bool) -> None:
             ],
         ),
     ]
-    lines = [
+    return [(title, rows) for title, rows in found if rows]
+
+
+def lines(comparison: Mapping[str, Any]) -> list[str]:
+    """The interval and the test, a line each."""
+    a, b, difference, test = (comparison[key] for key in ("a", "b", "accuracy_difference", "mcnemar"))
+    return [
         f"accuracy, {b} less {a}: {difference['b_minus_a']:+.4f}, 95 % interval {difference['low']:+.4f} to "
         f"{difference['high']:+.4f}",
         f"of {test['images']:,} test images, only {b} has {test['only_b_right']:,} right, only {a} "
         f"{test['only_a_right']:,}: McNemar's exact test, p = {test['p']:.2g}",
     ]
-    if markdown:
-        print("\n\n".join([_markdown(title, rows, a, b) for title, rows in tables if rows]))
-        print("\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n**{comparison['sentence']}**")
-        return
+
+
+def show(comparison: Mapping[str, Any], a: Result, b: Result) -> None:
+    """Print the comparison as tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    for title, rows in tables:
-        if rows:
-            console.print(f"[bold]{title}[/bold]")
-            table = Table()
-            for name, justify in (("", "left"), (a, "right"), (b, "right"), ("change", "right")):
-                if name != "change" or len(rows[0]) == 4:
-                    table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-    console.print("\n".join(lines), soft_wrap=True)
+    for title, rows in tables(comparison):
+        console.print(f"[bold]{title}[/bold]")
+        table = Table()
+        for name, justify in (("", "left"), (a.heading, "right"), (b.heading, "right"), ("change", "right")):
+            if name != "change" or len(rows[0]) == 4:
+                table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print("\n".join(lines(comparison)), soft_wrap=True)
     console.print(f"\n[bold]{comparison['sentence']}[/bold]", soft_wrap=True)
+
+
+def markdown(comparison: Mapping[str, Any], a: Result, b: Result) -> str:
+    """The comparison as Markdown."""
+    parts = [
+        "\n".join([f"### {title}", "", markdown_table(("", a.heading, b.heading, "change")[: len(rows[0])], rows)])
+        for title, rows in tables(comparison)
+    ]
+    parts += ["\n".join(f"- {line}" for line in lines(comparison)), f"**{comparison['sentence']}**"]
+    return "\n\n".join(parts)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in (heads, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (escaped[0], ["---"] * len(heads), *escaped[1:]))
+
+
+def _listed(ones: Sequence[str], others: Sequence[str]) -> str:
+    """The classes that only the first has, or all if they are in another order."""
+    return ", ".join([one for one in ones if one not in others] or ones) or "none"
 
 
 def _text(value: Any) -> str:
@@ -257,12 +330,6 @@ def _number(value: float | None) -> str:
 
 def _change(row: Mapping[str, float | None]) -> str:
     return f"{row['b'] - row['a']:+.4f}" if row["a"] is not None and row["b"] is not None else "-"
-
-
-def _markdown(title: str, rows: list[tuple[str, ...]], a: str, b: str) -> str:
-    heads = ["", a, b, "change"][: len(rows[0])]
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
-    return "\n".join([f"### {title}", "", *lines])
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def promote(store: "Store", run: "Run", force: bool) -> None:
         print(f"{run.info.run_name} is the {ALIAS} already: {NAME} version {champion.version}")
         return
     if champion and champion.run_id and not force:
-        comparison = compare(read_result(champion.run_id), read_result(run.info.run_id))
+        comparison = compare(read_result(store.project, champion.run_id), read_result(store.project, run.info.run_id))
         print(comparison["sentence"])
         if comparison["verdict"] == "worse":
             sys.exit(f"error: not promoted; version {champion.version} stays the {ALIAS}. --force promotes it anyway")

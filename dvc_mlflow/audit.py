@@ -5,14 +5,12 @@ import posixpath
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from dvc.dependency import ParamsDependency
-from dvc.exceptions import DvcException
 from mlflow.entities import Run
 
-from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, flatten, same, start_of
-from dvc_mlflow.project import Project, Unprovable, _plain, hash_path, matches, one_command
+from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, same, start_of
+from dvc_mlflow.project import Project, Unprovable, matches
+from dvc_mlflow.status import changed_declarations, digest_of
 from dvc_mlflow.store import CLAIM, EXECUTION, RunFiles, Store, parent_metrics
 
 
@@ -73,33 +71,12 @@ def _hardware(run: Run) -> str:
 
 def audit_files(project: Project) -> Iterator[str]:
     """Yield where dvc.yaml, the params or the files differ from dvc.lock."""
-    for address, stage in project.stages.items():
+    for address in project.stages:
         execution = project.locked_alone(address)
         if execution is None:
             yield f"{address}: dvc.yaml has it, dvc.lock does not"
             continue
-        if execution.cmd != one_command(stage.cmd):
-            yield f"{address}: the command in dvc.yaml differs from dvc.lock"
-        params = {}
-        for dep in stage.deps:
-            if isinstance(dep, ParamsDependency):
-                try:
-                    params[project.path(stage, dep.def_path)] = _plain(dep.read_params())
-                except DvcException as error:
-                    yield f"{address}: {error}"
-        now, then = (
-            {f"{p}:{k}": v for p, ps in some.items() for k, v in flatten(ps).items()}
-            for some in (params, execution.params)
-        )
-        for key in sorted({*now, *then}):
-            if now.get(key) != then.get(key):
-                path, _, name = key.partition(":")
-                yield f"{name}: {path} has {_show(now, key)}, dvc.lock {_show(then, key)}"
-        deps = [project.path(stage, dep.def_path) for dep in stage.deps if not isinstance(dep, ParamsDependency)]
-        for listed, locked in ((deps, execution.deps), (project.outs(stage), execution.outs)):
-            for path in sorted({*listed} ^ {*locked}):
-                where = ("dvc.yaml", "dvc.lock") if path in listed else ("dvc.lock", "dvc.yaml")
-                yield f"{address}: {path}: {where[0]} has it, {where[1]} does not"
+        yield from changed_declarations(project, address, execution)
         for path, digest in {**execution.deps, **execution.outs}.items():
             if "://" in path:
                 continue
@@ -114,16 +91,6 @@ def audit_files(project: Project) -> Iterator[str]:
                         ["rm", "-rf" if digest.endswith(".dir") and found != digest else "-f", *map(str, remove)]
                     )
                     yield f"{of}: DVC's copy is damaged; `{cure}`" + ("" if found == digest else ", then `dvc repro`")
-
-
-def digest_of(project: Project, path: str, digest: str) -> str:
-    """The current hash of a file or directory, computed from its bytes; "" if it is missing."""
-    file = project.folder / path
-    if matches(file, digest):
-        return digest
-    if not file.exists():
-        return ""
-    return hash_path(file, project.repo).hash_info.value
 
 
 def damaged(project: Project, path: str, digest: str) -> Iterator[tuple[Path, str]]:
@@ -218,7 +185,3 @@ def _line(name: str, found: object, expected: object) -> str:
     if found is None:
         return f"{name}: MLflow does not have it; expected {there}"
     return f"{name}: MLflow has {here}; expected {'nothing' if expected is None else there}"
-
-
-def _show(values: dict[str, Any], key: str) -> str:
-    return json.dumps(values[key], default=str) if key in values else "none"

@@ -17,9 +17,9 @@ from dvc.stage import PipelineStage
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from dvc_mlflow.audit import digest_of
 from dvc_mlflow.execution import Execution
 from dvc_mlflow.project import Project, hash_path
+from dvc_mlflow.status import digest_of
 from dvc_mlflow.store import PATCH, Store
 from dvc_mlflow.text import UserError
 

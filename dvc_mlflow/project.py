@@ -240,7 +240,7 @@ class Project:
         own = self.locked_alone(address)
         if own is None:
             return None
-        self._check_run_cache(own)
+        self.check_run_cache(own)
         return replace(own, upstream=self._upstream(own))
 
     def locked_alone(self, address: str) -> Execution | None:
@@ -354,12 +354,12 @@ class Project:
                 own = self.locked_alone(address)
                 if own is None or not self.made(own, path, digest):
                     raise Unprovable(f"dvc.lock does not say what made the {path} that it read")
-                self._check_run_cache(own)
+                self.check_run_cache(own)
                 for other in (*self._upstream(own), own):
                     found.setdefault(other.stage, other)
         return tuple(found.values())
 
-    def _check_run_cache(self, execution: Execution) -> None:
+    def check_run_cache(self, execution: Execution) -> None:
         """Raise Unprovable if DVC's run cache has these outs for other params only."""
         names = sorted({name for params in execution.params.values() for name in OVERLOOKED if name in _keys(params)})
         if not names:

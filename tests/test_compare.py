@@ -1,4 +1,4 @@
-"""A comparison says what the files say, and calls a difference one only where it is more than chance."""
+"""A comparison says what the files say, and calls a difference one only if it is more than chance."""
 
 import json
 import math
@@ -13,7 +13,8 @@ from support.data import TEST_SIZE
 from support.project import Project, copy
 from support.store import Store
 
-from commands.compare import Result, compare, interval
+from commands.compare import WORSE, Result, compare, interval
+from dvc_mlflow.text import UserError
 
 
 def result(name: str, labels: np.ndarray, predicted: np.ndarray) -> Result:
@@ -73,7 +74,9 @@ def test_revisions_experiments_and_runs_of_the_same_results_compare_alike(two_re
     )
     pairs = [("HEAD", "workspace"), ("main", "slow"), (first.info.run_id, slow.info.run_id)]
     pairs.append((first.info.run_id, evaluation.info.run_id))
-    found = [json.loads(run(two_results, "--json", *pair).stdout) for pair in pairs]
+    ends = [run(two_results, "--json", *pair, check=False) for pair in pairs]
+    assert {end.returncode for end in ends} == {WORSE}
+    found = [json.loads(end.stdout) for end in ends]
     for comparison in found:
         assert comparison["verdict"] == "worse"
         assert comparison["params"] == {"train.lr": {"a": 0.01, "b": 0.0001}}
@@ -97,7 +100,7 @@ def test_a_result_is_no_different_from_itself(two_results: Project) -> None:
 
 def test_tables_and_markdown_name_params_metrics_and_classes(two_results: Project) -> None:
     for arguments in (["main", "slow"], ["--md", "main", "slow"]):
-        shown = run(two_results, *arguments).stdout
+        shown = run(two_results, *arguments, check=False).stdout
         for text in ("train.lr", "0.0001", "test_accuracy", "slow is worse than main, by ", "95 % interval"):
             assert text in shown
     assert "| train.lr | 0.01" in shown
@@ -112,10 +115,39 @@ def test_what_is_not_there_is_said_in_one_line(two_results: Project, name: str) 
     assert name in line
 
 
+def test_headings_name_the_commits(two_results: Project) -> None:
+    listed = two_results.run("git", "for-each-ref", "--format=%(objectname:short=7) %(refname)").stdout.splitlines()
+    main, slow = (next(line[:7] for line in listed if line.endswith(f"/{name}")) for name in ("main", "slow"))
+    shown = run(two_results, "--md", "main", "slow", check=False).stdout
+    assert f"|  | main ({main}) | slow ({slow}) | change |" in shown
+
+
 def test_results_on_other_test_sets_are_not_compared(tmp_path: Path) -> None:
     labels = np.zeros(10, int)
-    with pytest.raises(SystemExit, match="same test images"):
+    with pytest.raises(UserError, match="same test images"):
         compare(result("A", labels, labels), result("B", labels + 1, labels))
+
+
+def test_results_of_other_classes_are_not_compared() -> None:
+    labels = np.zeros(10, int)
+    a, b = result("A", labels, labels), result("B", labels, labels)
+    b.predictions.rename(columns={"j": "k"}, inplace=True)
+    with pytest.raises(UserError, match="expected the same classes, found j in A and k in B"):
+        compare(a, b)
+
+
+def test_code_that_was_committed_but_not_run_is_refused(two_results: Project, tmp_path: Path) -> None:
+    project = copy(two_results, tmp_path)
+    project.run("git", "checkout", "-q", ".")
+    with (project.folder / "stages/lenet.py").open("a") as file:
+        file.write("# changed\n")
+    project.commit("Change the network, and forget to run it")
+    for arguments in (["--md", "HEAD~1", "HEAD"], ["HEAD", "HEAD~1"], ["HEAD~1", "workspace"]):
+        failed = run(project, *arguments, check=False)
+        assert (failed.returncode, failed.stdout) == (1, "")
+        (line,) = failed.stderr.splitlines()
+        assert "'s own code, params and data, found those of others: stages/lenet.py: dvc.lock (" in line
+        assert line.endswith("; `dvc repro`, then commit dvc.lock")
 
 
 def test_params_or_a_model_that_no_result_is_of_are_not_compared(two_results: Project, tmp_path: Path) -> None:
@@ -124,7 +156,33 @@ def test_params_or_a_model_that_no_result_is_of_are_not_compared(two_results: Pr
     failed = run(project, "main", "workspace", check=False)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr == (
-        "error: expected up-to-date results in workspace, found none for params.yaml's train; `dvc repro` first\n"
+        "error: expected results of workspace's own code, params and data, found those of others: "
+        "train.lr: params.yaml has 0.02, dvc.lock 0.0001; `dvc repro`, then commit dvc.lock\n"
     )
     project.repro("--single-item", "train")
-    assert "found none for the new models/lenet.safetensors" in run(project, "main", "workspace", check=False).stderr
+    failed = run(project, "main", "workspace", check=False)
+    assert "found those of others: models/lenet.safetensors: dvc.lock (evaluate) has MD5 " in failed.stderr
+
+
+def test_predictions_that_the_evaluation_did_not_make_are_refused(two_results: Project, tmp_path: Path) -> None:
+    project = copy(two_results, tmp_path)
+    table = pd.read_parquet(project.folder / "metrics/predictions.parquet")
+    table["predicted"] = table["label"]
+    digest = project.md5s()["metrics/predictions.parquet"]
+    cached = project.folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+    cached.chmod(0o644)
+    table.to_parquet(cached)
+    (project.folder / "metrics/predictions.parquet").unlink()
+    failed = run(project, "main", "workspace", check=False)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "dvc.lock, found other bytes" in failed.stderr
+
+
+def test_a_lock_with_conflict_markers_is_said_in_one_line(two_results: Project, tmp_path: Path) -> None:
+    project = copy(two_results, tmp_path)
+    lock = project.folder / "dvc.lock"
+    lock.write_text(f"<<<<<<< HEAD\n{lock.read_text()}=======\n>>>>>>> other\n")
+    failed = run(project, "main", "workspace", check=False)
+    assert failed.returncode == 1
+    (line,) = failed.stderr.splitlines()
+    assert "dvc.lock" in line
