@@ -3,10 +3,9 @@
 python -m commands.export models/lenet.onnx
 python -m commands.export --model models/other.safetensors other.onnx
 
-Input `images` uint8 (N, 28, 28), white on black; output `probabilities` float32 (N, 10); other shapes and
-classes if the model has others. The class names are in the
-file's metadata, under `classes`. onnxruntime then predicts all test images: the file is written only if every class
-equals PyTorch's, with probabilities within 1e-5.
+The input `images` is uint8 (N, *shape), as in the data set: (N, 28, 28), white on black. The output `probabilities` is
+float32 (N, classes); the names of the classes are in the file's metadata, under `classes`. The file is written only if
+onnxruntime predicts the same class as PyTorch for every test image, with probabilities within 1e-5.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def main() -> None:
 
 
 def export(output: Path, path: Path, dataset: Path) -> None:
-    """Write the model at `path` as ONNX. Raises StageError if onnxruntime disagrees with PyTorch."""
+    """Write the model at `path` as ONNX. Raises StageError if onnxruntime does not match PyTorch."""
     import logging
     import warnings
 
@@ -74,11 +73,11 @@ def export(output: Path, path: Path, dataset: Path) -> None:
     others, distance = int((found.argmax(1) != expected.argmax(1)).sum()), float(np.abs(found - expected).max())
     if others or distance > TOLERANCE:
         raise StageError(
-            f"expected onnxruntime to agree with PyTorch on {len(images):,} images, found {others} different classes "
+            f"expected onnxruntime to match PyTorch on {len(images):,} images, found {others} different classes "
             f"and probabilities up to {distance:.1e} apart; nothing is written"
         )
     write(output, stream.getvalue())
-    print(f"{output}: as PyTorch says on all {len(images):,} test images (largest difference {distance:.1e})")
+    print(f"{output}: matches PyTorch on all {len(images):,} test images (largest difference {distance:.1e})")
 
 
 if __name__ == "__main__":

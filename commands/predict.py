@@ -53,7 +53,7 @@ def main() -> None:
         print(f"{row['image']}: {row['class']} {row['probability']:.1%}{note}; top 3: {top}")
 
 
-def read_image(path: Path, shape: Sequence[int] = (28, 28)) -> tuple[np.ndarray, bool]:
+def read_image(path: Path, shape: Sequence[int]) -> tuple[np.ndarray, bool]:
     """Return uint8 of this shape, and whether it was inverted: grey images are white on black.
 
     Raises StageError if it is not a PNG or JPEG image, or has more pixels than Pillow allows.

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dvc.utils.serialize import load_yaml
+from dvc.utils.serialize import load_yaml, modify_yaml
 from filelock import FileLock
-from support.data import make_tiny_files
+from support.data import CLASSES, SHAPE, make_tiny_files
 from support.project import ROOT, Project, copy
 from support.servers import S3, SSH, Served, free_port, serve
 
@@ -109,6 +109,10 @@ def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: p
             (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project.folder / name)  # with its run bit
     project.set("fetch.mirrors", [mirror])
+    project.set("fetch.classes", CLASSES)
+    with modify_yaml(project.folder / "dvc.yaml") as pipeline:
+        (served,) = pipeline["artifacts"]["lenet"]["meta"]["signature"]["inputs"]
+        served["tensor-spec"]["shape"] = [-1, *SHAPE]
     for key, content in tiny_files.items():
         project.set(f"fetch.files.{key}.bytes", len(content))
         project.set(f"fetch.files.{key}.sha256", hashlib.sha256(content).hexdigest())

@@ -14,6 +14,8 @@ from commands.predict import read_image
 from stages.dataset import read_dataset
 from stages.stage import StageError
 
+SHAPE = (28, 28)
+
 
 def predict(project: Project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return project.command("predict", *arguments, check=check)
@@ -56,8 +58,8 @@ def test_every_mode_is_read(image: Image.Image, mode: str, tmp_path: Path) -> No
         Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(path)
     else:
         image.convert(mode).save(path)
-    read, inverted = read_image(path)
-    assert (read.dtype, read.shape, inverted) == (np.uint8, (28, 28), False)
+    read, inverted = read_image(path, SHAPE)
+    assert (read.dtype, read.shape, inverted) == (np.uint8, SHAPE, False)
     if mode != "1":
         assert np.abs(read.astype(int) - np.asarray(image)).mean() < 3
 
@@ -67,8 +69,8 @@ def test_every_size_keeps_its_proportions(size: tuple[int, int], tmp_path: Path)
     picture = Image.new("L", size, 30)
     picture.paste(220, (size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4))
     picture.save(tmp_path / "picture.jpg", quality=95)
-    read, _ = read_image(tmp_path / "picture.jpg")
-    assert read.shape == (28, 28)
+    read, _ = read_image(tmp_path / "picture.jpg", SHAPE)
+    assert read.shape == SHAPE
     bright = read > 128
     if size == (300, 100):
         assert (bright.any(0).sum(), bright.any(1).sum()) == (14, 5)
@@ -78,7 +80,7 @@ def test_what_is_transparent_is_paper(image: Image.Image, tmp_path: Path) -> Non
     drawing = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
     drawing.putalpha(image)  # black ink where the image is bright
     drawing.save(tmp_path / "drawing.png")
-    read, inverted = read_image(tmp_path / "drawing.png")
+    read, inverted = read_image(tmp_path / "drawing.png", SHAPE)
     assert inverted
     assert np.abs(read.astype(int) - np.asarray(image)).max() <= 1
 
@@ -97,14 +99,14 @@ def test_what_is_no_picture_is_refused_in_one_line(
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(StageError, match=name):
-            read_image(tmp_path / name)
+            read_image(tmp_path / name, SHAPE)
     with pytest.raises(StageError, match="No such file"):
-        read_image(tmp_path / "missing.png")
+        read_image(tmp_path / "missing.png", SHAPE)
     with pytest.raises(StageError, match="cannot read"):
-        read_image(tmp_path)
+        read_image(tmp_path, SHAPE)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     with pytest.raises(StageError, match="expected at most 89,478,485 pixels, found more"):
-        read_image(tmp_path / "huge.png")
+        read_image(tmp_path / "huge.png", SHAPE)
     failed = predict(finished_project, str(tmp_path / "text.jpg"), check=False)
     assert failed.returncode == 1
     assert failed.stderr == f"error: {tmp_path / 'text.jpg'}: expected a PNG or JPEG image, found something else\n"

@@ -125,7 +125,7 @@ def test_predict_asks_the_promoted_model(promoted_project: Project, tmp_path: Pa
 def test_the_onnx_file_says_what_evaluate_says(finished_project: Project, tmp_path: Path) -> None:
     path = tmp_path / "lenet.onnx"
     shown = finished_project.command("export", str(path))
-    assert "as PyTorch says on all 200 test images" in shown.stdout
+    assert "matches PyTorch on all 200 test images" in shown.stdout
     assert shown.stderr == ""
     table = pd.read_parquet(finished_project.folder / "metrics/predictions.parquet")
     images = read_dataset(finished_project.folder / "data/fashion-mnist/test.safetensors").images

@@ -5,6 +5,8 @@ import functools
 import numpy as np
 
 TRAIN_SIZE, TEST_SIZE = 600, 200
+SHAPE = (28, 28)
+CLASSES = [f"T-shirt/top {label}" for label in range(10)]
 
 
 def make_idx(array: np.ndarray) -> bytes:
@@ -13,8 +15,8 @@ def make_idx(array: np.ndarray) -> bytes:
 
 
 def make_images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Images uint8 (N, 28, 28) that show their labels: a bright square, at a place of its own for each, in noise."""
-    images = rng.integers(0, 60, (len(labels), 28, 28), dtype=np.uint8)
+    """Images uint8 (N, *SHAPE) that show their labels: a bright rectangle in noise, at a different place for each."""
+    images = rng.integers(0, 60, (len(labels), *SHAPE), dtype=np.uint8)
     for image, label in zip(images, labels, strict=True):
         row, column = 4 + 10 * (label // 5), 1 + 5 * (label % 5)
         image[row : row + 8, column : column + 5] += 180
@@ -23,10 +25,11 @@ def make_images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def make_tiny_files() -> dict[str, bytes]:
+    """The content of the four IDX files, by their keys in params.yaml."""
     rng = np.random.default_rng(0)
     files = {}
     for part, size in (("train", TRAIN_SIZE), ("test", TEST_SIZE)):
-        labels = rng.permutation(np.arange(size, dtype=np.uint8) % 10)
+        labels = rng.permutation(np.arange(size, dtype=np.uint8) % len(CLASSES))
         files[f"{part}_images"] = make_idx(make_images(labels, rng))
         files[f"{part}_labels"] = make_idx(labels)
     return files

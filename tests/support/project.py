@@ -104,7 +104,8 @@ class Pipeline:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.stages = load_yaml(folder / "dvc.yaml")["stages"]
+        content = load_yaml(folder / "dvc.yaml")
+        self.stages, self.artifacts = content["stages"], content["artifacts"]
 
     def in_order(self) -> list[str]:
         """The stages, each after those whose outs it reads."""
