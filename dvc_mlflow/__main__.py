@@ -39,8 +39,8 @@ It finds metrics that are plain outs, plots without x, and models and data witho
     "ui": """\
 Serve the MLflow UI of this store on loopback, and print the address of a view.
 
-The view shows the declared metrics and the params that vary, best run first. If MLFLOW_TRACKING_URI names a server,
-only the address is printed.
+The view shows the declared metrics and the params that vary, best run first. If MLFLOW_TRACKING_URI, or tracking_uri in
+the section [tool.dvc-mlflow] of pyproject.toml, names a server, only the address is printed.
 
   dvc-mlflow ui                on http://127.0.0.1:5000
   dvc-mlflow ui --port 5001    on another port
@@ -50,7 +50,7 @@ The metric's name (accuracy, loss) decides whether high or low is best, unless a
     "audit": """\
 Compare dvc.yaml, the params, dvc.lock, the files, DVC's cache and MLflow.
 
-Prints one line for each disagreement; fails if there is one.
+Prints one line for each disagreement; fails if there is one. Without a store, it says that MLflow was not checked.
 
   dvc-mlflow audit            what dvc.lock records
   dvc-mlflow audit --all      also every other run: can an execution have produced it?""",
@@ -111,22 +111,16 @@ def _do(arguments: argparse.Namespace) -> None:
             for line in init(project, arguments.live, arguments.apply):
                 print(line)
         return
+    if arguments.command == "audit":
+        with open_project() as project:
+            failed = _audit(project, arguments.all)
+        sys.exit(1 if failed else 0)
     failed = False
     with open_store() as store:
         if arguments.command == "sync":
             for line, failure in _sync(store, arguments):
                 failed = failed or failure
                 print(line, flush=True)
-        elif arguments.command == "audit":
-            from dvc_mlflow.audit import audit, notes
-
-            for line in audit(store, arguments.all):
-                failed = True
-                print(line, flush=True)
-            for line in notes(store):
-                print(f"note: {line}", flush=True)
-            if not failed:
-                print("dvc.yaml, the params, dvc.lock, the files and MLflow agree")
         elif arguments.command == "ui":
             from dvc_mlflow.ui import ui
 
@@ -137,6 +131,30 @@ def _do(arguments: argparse.Namespace) -> None:
             lineage(store, arguments.target, arguments.restore)
     if failed:
         sys.exit(1)
+
+
+def _audit(project: Any, everything: bool) -> bool:
+    """Print the disagreements; return whether there are any. Without a store, only the files are checked."""
+    from dvc_mlflow.audit import audit_files, audit_store, notes
+    from dvc_mlflow.store import NoStore, Store
+
+    failed, checked = False, "dvc.yaml, the params, dvc.lock, the files and MLflow"
+    for line in audit_files(project):
+        failed = True
+        print(line, flush=True)
+    try:
+        store = Store(project, create=False)
+        for line in audit_store(store, everything):
+            failed = True
+            print(line, flush=True)
+        for line in notes(store):
+            print(f"note: {line}", flush=True)
+    except NoStore as error:
+        checked = "dvc.yaml, the params, dvc.lock and the files"
+        print(f"note: MLflow was not checked: {error}", flush=True)
+    if not failed:
+        print(f"{checked} agree")
+    return failed
 
 
 def _sync(store: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, bool]]:

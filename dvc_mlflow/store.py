@@ -67,24 +67,34 @@ class Conflict(Exception):  # noqa: N818
     """A run has a point that this execution did not make: a step of an earlier attempt."""
 
 
-class Store:
-    """The store that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME select, else mlflow.db in the project."""
+class NoStore(UserError):  # noqa: N818
+    """No address is given, and the project has no mlflow.db yet."""
 
-    def __init__(self, project: Project) -> None:
-        """Open it, and create what is missing. Raises MlflowException or another error of the store."""
+
+class Store:
+    """The store that `tracking_uri` names, else mlflow.db in the project."""
+
+    def __init__(self, project: Project, create: bool = True) -> None:
+        """Open it, and create what is missing. Raises UserError, MlflowException or another error of the store.
+
+        Unless told to `create`, raises NoStore or UserError if there is no store, or if it has no such experiment.
+        """
         self.project, root = project, project.root
         self.known: dict[str, list[Run]] | None = None  # all finished runs by execution, once `know_all` was called
         self._mistaken: set[str] = set()  # the tags of dvc.lock entries that never ran, once `know_all` was called
         self._contents: dict[str, Content] = {}  # of runs completed here
         self.problems: list[str] = []  # what could not be shown of the executions that `record` recorded
-        embedded = "MLFLOW_TRACKING_URI" not in os.environ
-        if embedded:
-            mlflow.set_tracking_uri(sqlite_address(root / "mlflow.db"))
-        uri = mlflow.get_tracking_uri()
+        address, name = tracking_uri(project), os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment_name(project)
+        embedded = not address
+        uri = address or sqlite_address(root / "mlflow.db")
+        mlflow.set_tracking_uri(uri)
         named = re.match("sqlite:///(?!file:)([^?]+)", uri)
         database = root / "mlflow.db" if embedded else root / named[1] if named else None
         if named and not Path(named[1]).is_absolute():  # an experiment's current folder may be deleted
             mlflow.set_tracking_uri(f"sqlite:///{database}{uri[named.end() :]}")
+        if database and not create and not database.exists():
+            kind = NoStore if embedded else UserError
+            raise kind(f"expected an MLflow store at {database}, found none; `dvc-mlflow sync` makes it")
         lock = Path(f"{database}.lock") if database else root / ".dvc" / "tmp" / "dvc-mlflow.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         # For this host only: processes that create the same SQLite file break each other's migrations, and two that
@@ -94,9 +104,12 @@ class Store:
             if database and not database.exists():
                 create_database(database)
         self.client = mlflow.MlflowClient()
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment_name(project)
         artifacts = (root / "mlartifacts").as_uri()
         experiment = self.client.get_experiment_by_name(name)
+        if experiment is None and not create:
+            raise UserError(
+                f"expected the experiment {name} at {without_credentials(uri)}, found none; `dvc-mlflow sync` makes it"
+            )
         if experiment is None:
             # A server knows where its artifacts go; a database would put them into the current folder.
             self.experiment_id = self._create_experiment(name, None if uri.startswith("http") else artifacts)
@@ -784,12 +797,37 @@ def mistaken(execution: Execution) -> str:
     )
 
 
+def tracking_uri(project: Project) -> str:
+    """The store's address: MLFLOW_TRACKING_URI, else the one in the project's pyproject.toml, else ""."""
+    if address := os.environ.get("MLFLOW_TRACKING_URI"):
+        return address
+    address = _setting(project, "tracking_uri")
+    if address != without_credentials(address):
+        raise UserError(
+            "expected tracking_uri in pyproject.toml without a user and password, found one with them; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI"
+        )
+    return address
+
+
+def _setting(project: Project, key: str) -> str:
+    """The value in the section [tool.dvc-mlflow] of pyproject.toml; "" if there is none. Raises UserError."""
+    try:
+        text = (project.folder / "pyproject.toml").read_text(encoding="utf-8")
+        value = tomllib.loads(text).get("tool", {}).get("dvc-mlflow", {}).get(key, "")
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, AttributeError) as error:  # ValueError: TOML's and UTF-8's
+        raise UserError(f"cannot read pyproject.toml: {one_line(error)}") from None
+    if not isinstance(value, str):
+        raise UserError(f"expected {key} in pyproject.toml as a string, found {one_line(value)}")
+    return value
+
+
 def experiment_name(project: Project) -> str:
     """The experiment that the project's pyproject.toml names, else the name of its repository or folder."""
-    with contextlib.suppress(OSError, tomllib.TOMLDecodeError):
-        settings = tomllib.loads((project.folder / "pyproject.toml").read_text(encoding="utf-8"))
-        if name := settings.get("tool", {}).get("dvc-mlflow", {}).get("experiment"):
-            return str(name)
+    if name := _setting(project, "experiment"):
+        return name
     command = ["git", "-C", str(project.root), "config", "--get", "remote.origin.url"]
     with contextlib.suppress(OSError):
         address = subprocess.run(command, capture_output=True, text=True).stdout.strip()

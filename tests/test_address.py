@@ -1,0 +1,83 @@
+"""A project's tracking address: one committed place that all obey, overruled by the environment."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from support.project import Project, make_project
+
+PIPELINE = "stages: {say: {cmd: dvc-mlflow run sh -c 'echo said > said', outs: [said]}}\n"
+DOWN = "http://127.0.0.1:9"  # nothing listens on the port of discard
+
+
+def make(folder: Path, address: str) -> Project:
+    settings = f'[tool.dvc-mlflow]\nexperiment = "team"\ntracking_uri = "{address}"\n'
+    make_project(folder, {"dvc.yaml": PIPELINE, "pyproject.toml": settings})
+    project = Project(folder)
+    project.commit("A project with a tracking address")
+    return project
+
+
+def runs(database: Path) -> int:
+    client = mlflow.MlflowClient(f"sqlite:///{database}")
+    experiment = client.get_experiment_by_name("team")
+    return len(client.search_runs([experiment.experiment_id])) if experiment else 0
+
+
+def test_stages_sync_and_audit_use_the_committed_address_and_the_environment_overrules_it(tmp_path: Path) -> None:
+    team, other = tmp_path / "team.db", tmp_path / "other.db"
+    project = make(tmp_path / "project", f"sqlite:///{team}")
+    project.dvc("repro")
+    assert runs(team) == 1
+    assert "recorded before" in project.command("sync").stdout
+    assert project.command("audit").stdout == "dvc.yaml, the params, dvc.lock, the files and MLflow agree\n"
+    project.command("sync", MLFLOW_TRACKING_URI=f"sqlite:///{other}")
+    assert (runs(team), runs(other)) == (1, 1)
+    assert not (project.folder / "mlflow.db").exists()
+
+
+def test_a_server_that_is_down_costs_a_warning_and_no_private_store_takes_its_place(tmp_path: Path) -> None:
+    project = make(tmp_path / "project", DOWN)
+    ended = project.dvc("repro", warns=True)
+    assert DOWN in ended.stdout + ended.stderr
+    assert not (project.folder / "mlflow.db").exists()
+    for command in ("audit", "sync"):
+        failed = project.command(command, check=False)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith(f"error: MLflow cannot use {DOWN}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ('tracking_uri = "http://me:secret@127.0.0.1"', "expected tracking_uri in pyproject.toml without a user and "),
+        ("tracking_uri = 5000", "expected tracking_uri in pyproject.toml as a string, found 5000"),
+        ("tracking_uri = http://127.0.0.1", "cannot read pyproject.toml: "),
+    ],
+    ids=["password", "number", "not TOML"],
+)
+def test_a_bad_address_is_refused_in_one_line(settings: str, expected: str, tmp_path: Path) -> None:
+    make_project(tmp_path / "project", {"dvc.yaml": PIPELINE, "pyproject.toml": f"[tool.dvc-mlflow]\n{settings}\n"})
+    project = Project(tmp_path / "project")
+    failed = project.command("sync", check=False)
+    assert failed.returncode == 1
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith(f"error: {expected}")
+    assert "secret" not in line
+    assert not (project.folder / "mlflow.db").exists()
+
+
+def test_an_audit_without_a_store_checks_the_files_and_says_what_it_did_not_check(project: Project) -> None:
+    (project.folder / "mlflow.db").unlink()
+    note = f"note: MLflow was not checked: expected an MLflow store at {project.folder}/mlflow.db, found none; "
+    ended = project.command("audit")
+    first, last = ended.stdout.splitlines()
+    assert first.startswith(note)
+    assert last == "dvc.yaml, the params, dvc.lock and the files agree"
+    (project.folder / "metrics/train.json").write_text("{}")
+    ended = project.command("audit", check=False)
+    assert ended.returncode == 1
+    line, last = ended.stdout.splitlines()
+    assert line.startswith("metrics/train.json: dvc.lock (train) has MD5 ")
+    assert last.startswith(note)
+    assert not (project.folder / "mlflow.db").exists()
