@@ -143,7 +143,12 @@ def read_revision(there: "Project", name: str, commit: str) -> Result:
             f"expected {name}'s {PREDICTIONS} as in dvc.lock, found other bytes; `dvc-mlflow audit` says where"
         )
     of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not per class
-    return Result(name, flatten(params), of_all, predictions, commit[:7])
+    return Result(short(name), flatten(params), of_all, predictions, commit[:7])
+
+
+def short(name: str) -> str:
+    """The first 7 digits of a commit's hash; other names as they are."""
+    return name[:7] if re.fullmatch("[0-9a-f]{40}", name) else name
 
 
 def _read_run(run_id: str) -> Result:
@@ -299,13 +304,14 @@ def show(comparison: Mapping[str, Any], a: Result, b: Result) -> None:
     console.print(f"\n[bold]{comparison['sentence']}[/bold]", soft_wrap=True)
 
 
-def markdown(comparison: Mapping[str, Any], a: Result, b: Result) -> str:
-    """The comparison as Markdown."""
+def markdown(comparison: Mapping[str, Any], a: Result, b: Result, sentence: bool = True) -> str:
+    """The comparison as Markdown, with or without its last sentence."""
     parts = [
         "\n".join([f"### {title}", "", markdown_table(("", a.heading, b.heading, "change")[: len(rows[0])], rows)])
         for title, rows in tables(comparison)
     ]
-    parts += ["\n".join(f"- {line}" for line in lines(comparison)), f"**{comparison['sentence']}**"]
+    parts.append("\n".join(f"- {line}" for line in lines(comparison)))
+    parts += [f"**{comparison['sentence']}**"] if sentence else []
     return "\n\n".join(parts)
 
 

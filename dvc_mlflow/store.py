@@ -119,6 +119,17 @@ class Store:
                 move_artifacts(root / "mlflow.db", experiment.artifact_location, artifacts)
         mlflow.set_experiment(experiment_id=self.experiment_id)
 
+    @property
+    def server(self) -> str:
+        """The server's address, without credentials; "" if the store is a database."""
+        uri = mlflow.get_tracking_uri()
+        served = uri.startswith(("http:", "https:"))
+        return without_credentials(uri).replace("//…@", "//").rstrip("/") if served else ""
+
+    def page(self, run: Run) -> str:
+        """The address of the run's page on the server."""
+        return f"{self.server}/#/experiments/{self.experiment_id}/runs/{run.info.run_id}"
+
     def _create_experiment(self, name: str, artifacts: str | None) -> str:
         note = "What DVC ran: each execution of a stage is a run. `dvc-mlflow sync` adds what is missing."
         try:

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, metric_names
 from dvc_mlflow.project import Unprovable
 from dvc_mlflow.store import Store, parent_metrics
-from dvc_mlflow.text import VALUE_LENGTH, without_credentials
+from dvc_mlflow.text import VALUE_LENGTH
 
 VIEW = "dvc-mlflow"  # the key of the saved view
 NOT_CHILDREN = "tags.`mlflow.parentRunId` IS NULL"
@@ -47,12 +47,11 @@ def ui(store: Store, port: int) -> None:
     """
     uri = mlflow.get_tracking_uri()
     save_view(store)
-    served = uri.startswith(("http:", "https:"))
-    base = without_credentials(uri).replace("//…@", "//").rstrip("/") if served else f"http://127.0.0.1:{port}"
+    base = store.server or f"http://127.0.0.1:{port}"
     query = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
     table = f"{base}/#/experiments/{store.experiment_id}/runs?{query}"
     print(f"table   {table}\ncharts  {table}&compareRunsMode=CHART", flush=True)
-    if served:
+    if store.server:
         return
     if sys.stdout.isatty() and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         subprocess.Popen([sys.executable, "-c", OPEN, table, str(port)], stdout=subprocess.DEVNULL)

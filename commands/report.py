@@ -1,0 +1,200 @@
+"""Report what a change does to the results, in Markdown, as a pull request shows it.
+
+python -m commands.report origin/main                    HEAD against the branch that it is to be merged into
+python -m commands.report v1.0 slower                    any git revisions, DVC experiments, or `workspace`
+python -m commands.report --output report origin/main    also as report/report.md, with the figures of both beside it
+
+It prints which stages ran again and why, and the comparison of `python -m commands.compare`. If dvc.lock is not what
+the code, params and data beside it say, the first line says so, and that side's results are left out. Results may come
+from DVC's remote. If an MLflow server is named, the rows are linked. The exit code is 3 if HEAD is worse, 1 if the two
+cannot be compared.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from commands.compare import WORSE, Result, at, compare, markdown, markdown_table, read_revision, short, tables
+
+if TYPE_CHECKING:
+    from dvc_mlflow.execution import Execution
+    from dvc_mlflow.project import Project
+
+MARK = "<!-- commands.report -->"  # by which .ci/comment finds the comment that it wrote before
+
+
+@dataclass(frozen=True)
+class Side:
+    """BASE or HEAD; without a result if `problem` says why, and without figures then."""
+
+    heading: str
+    executions: "Mapping[str, Execution | None]"  # by stage
+    result: Result | None
+    problem: str
+    figures: Mapping[str, bytes]  # by path
+    lacking: Sequence[str]  # the figures that are neither here nor in the remote
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", metavar="BASE", help="git revision or DVC experiment to compare with")
+    parser.add_argument("head", metavar="HEAD", nargs="?", default="HEAD", help="what changed (default: HEAD)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write report.md and the figures there")
+    args = parser.parse_args()
+    from dvc_mlflow.project import Project
+    from dvc_mlflow.text import UserError
+    from stages.stage import StageError
+
+    try:
+        project = Project(Path.cwd())
+        base, head = read_side(project, args.base), read_side(project, args.head)
+        problems = [side.problem for side in (head, base) if side.problem]
+        comparison = None
+        if base.result and head.result:
+            try:
+                comparison = compare(base.result, head.result)
+            except UserError as error:
+                problems.append(str(error))
+        parts = [f"**{problem}**" for problem in problems]
+        if comparison and base.result and head.result:
+            parts += [f"**{comparison['sentence']}**", stages(base, head)]
+            parts.append(markdown(comparison, base.result, head.result, sentence=False))
+        else:
+            parts += [stages(base, head), *_metrics(base, head)]
+        parts += [*rows(project, base, head), *_lacking(base, head)]
+        print("\n\n".join([*parts, MARK]))
+        if args.output:
+            write_report(args.output, parts, base, head)
+    except (UserError, StageError) as error:
+        sys.exit(f"error: {error}")
+    if problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
+    if comparison and comparison["verdict"] == "worse":
+        sys.exit(WORSE)
+
+
+def read_side(project: "Project", name: str) -> Side:
+    """What a revision, an experiment or the workspace has. Raises UserError if there is none of that name."""
+    from dvc_mlflow.status import changed
+    from dvc_mlflow.text import UserError
+
+    with at(project, name) as (there, commit):
+        heading = Result(short(name), {}, {}, None, commit[:7]).heading
+        executions = {address: there.locked_alone(address) for address in there.stages}
+        result, figures, lacking = None, {}, []
+        if stale := list(changed(there)):
+            others = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
+            problem = f"dvc.lock of {heading} is stale: {stale[0]}{others}; `dvc repro`, then commit dvc.lock"
+            return Side(heading, executions, None, problem, {}, [])
+        problem = ""
+        try:
+            result = read_revision(there, name, commit)
+        except UserError as error:
+            problem = str(error)
+        for path, digest in pictures(executions):
+            try:
+                data = there.repo.dvcfs.fs.cat_file(path)
+            except Exception:  # of a cache or remote, of any kind
+                data = b""
+            if hashlib.md5(data).hexdigest() == digest:
+                figures[path] = data
+            else:
+                lacking.append(path)
+    return Side(heading, executions, result, problem, figures, lacking)
+
+
+def pictures(executions: "Mapping[str, Execution | None]") -> Iterator[tuple[str, str]]:
+    """The path and hash of each PNG file among the stages' plots."""
+    for execution in executions.values():
+        for path in execution.declared.plots if execution else ():
+            if execution and path.endswith(".png") and path in execution.outs:
+                yield path, execution.outs[path]
+
+
+def stages(base: Side, head: Side) -> str:
+    """A table of the stages: which ran again, and what of theirs changed."""
+    made = {path for side in (base, head) for one in side.executions.values() if one for path in one.outs}
+    found = [
+        (address, *_change(base.executions.get(address), head.executions.get(address), made))
+        for address in {**base.executions, **head.executions}
+    ]
+    return "### stages\n\n" + markdown_table(("stage", "", f"changed since {base.heading}"), found)
+
+
+def _change(base: "Execution | None", head: "Execution | None", made: set[str]) -> tuple[str, str]:
+    """Whether a stage ran again, and because of what."""
+    from dvc_mlflow.execution import named_params
+
+    if base is None or head is None:
+        return ("new" if head else "removed" if base else "not run"), ""
+    before, after = named_params(base), named_params(head)
+    names = ["the command"] if base.cmd != head.cmd else []
+    names += [f"`{key}`" for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    paths = [path for path in sorted({*base.deps, *head.deps}) if base.deps.get(path) != head.deps.get(path)]
+    names += [f"`{path}`" for path in sorted(paths, key=lambda path: path in made)]  # code first
+    if base.fingerprint == head.fingerprint:
+        return ("as it was", "") if base.outs == head.outs else ("other results of the same inputs", "")
+    return "ran again" + (", same results" if base.outs == head.outs else ""), ", ".join(names)
+
+
+def _metrics(base: Side, head: Side) -> Iterator[str]:
+    """The metrics of the sides that have results, if the two cannot be compared."""
+    a, b = (side.result.metrics if side.result else {} for side in (base, head))
+    shown = {"params": {}, "metrics": {key: {"a": a.get(key), "b": b.get(key)} for key in {**a, **b}}, "classes": []}
+    for title, found in tables(shown):
+        yield f"### {title}\n\n" + markdown_table(("", base.heading, head.heading, "change"), found)
+
+
+def rows(project: "Project", base: Side, head: Side) -> Iterator[str]:
+    """Links to the rows of both sides in MLflow, if a server is named."""
+    from dvc_mlflow.store import Store, describe, quiet, tracking_uri
+
+    quiet()
+    if not tracking_uri(project).startswith(("http:", "https:")):
+        return
+    try:
+        store = Store(project, create=False)
+        found = []
+        for address in {**base.executions, **head.executions}:
+            cells = [address]
+            for side in (base, head):
+                execution = side.executions.get(address)
+                run = store.find_alone(execution) if execution else None
+                cells.append(f"[{run.info.run_name}]({store.page(run)})" if run else "no row")
+            found.append(cells)
+    except Exception as error:  # the store's, of any kind
+        yield f"No links to MLflow: {describe(error)}"
+    else:
+        yield "### MLflow\n\n" + markdown_table(("stage", base.heading, head.heading), found)
+
+
+def _lacking(base: Side, head: Side) -> Iterator[str]:
+    for side in (base, head):
+        if side.lacking:
+            yield f"Figures of {side.heading} that are neither here nor in the remote: {', '.join(side.lacking)}."
+
+
+def write_report(folder: Path, parts: Sequence[str], base: Side, head: Side) -> None:
+    """Write the figures, then report.md, which shows them side by side."""
+    from stages.stage import write
+
+    found = []
+    for path in {**base.figures, **head.figures}:
+        cells = [path]
+        for name, side in (("base", base), ("head", head)):
+            if path in side.figures:
+                write(folder / name / path, side.figures[path])
+                cells.append(f"![{path}]({name}/{path})")
+            else:
+                cells.append("-")
+        found.append(cells)
+    figures = [f"### figures\n\n{markdown_table(('', base.heading, head.heading), found)}"] if found else []
+    write(folder / "report.md", "\n\n".join([*parts, *figures]).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
