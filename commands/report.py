@@ -45,12 +45,10 @@ def main() -> None:
     parser.add_argument("head", metavar="HEAD", nargs="?", default="HEAD", help="what changed (default: HEAD)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write report.md and the figures there")
     args = parser.parse_args()
-    from dvc_mlflow.project import Project
+    from dvc_mlflow.command import open_project
     from dvc_mlflow.text import UserError
-    from stages.stage import StageError
 
-    try:
-        project = Project(Path.cwd())
+    with open_project() as project:
         base, head = read_side(project, args.base), read_side(project, args.head)
         problems = [side.problem for side in (head, base) if side.problem]
         comparison = None
@@ -66,11 +64,9 @@ def main() -> None:
         else:
             parts += [stages(base, head), *_metrics(base, head)]
         parts += [*rows(project, base, head), *_lacking(base, head)]
-        print("\n\n".join([*parts, MARK]))
         if args.output:
             write_report(args.output, parts, base, head)
-    except (UserError, StageError) as error:
-        sys.exit(f"error: {error}")
+        print("\n\n".join([*parts, MARK]))
     if problems:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
     if comparison and comparison["verdict"] == "worse":
@@ -151,9 +147,8 @@ def _metrics(base: Side, head: Side) -> Iterator[str]:
 
 def rows(project: "Project", base: Side, head: Side) -> Iterator[str]:
     """Links to the rows of both sides in MLflow, if a server is named."""
-    from dvc_mlflow.store import Store, describe, quiet, tracking_uri
+    from dvc_mlflow.store import Store, describe, tracking_uri
 
-    quiet()
     if not tracking_uri(project).startswith(("http:", "https:")):
         return
     try:
@@ -179,21 +174,22 @@ def _lacking(base: Side, head: Side) -> Iterator[str]:
 
 
 def write_report(folder: Path, parts: Sequence[str], base: Side, head: Side) -> None:
-    """Write the figures, then report.md, which shows them side by side."""
-    from stages.stage import write
+    """Write the figures, then report.md, which shows them side by side. Raises UserError if it cannot."""
+    from dvc_mlflow.text import UserError
+    from stages.stage import StageError, write
 
-    found = []
+    sides, found = (("base", base), ("head", head)), []
+    files = {f"{name}/{path}": data for name, side in sides for path, data in side.figures.items()}
     for path in {**base.figures, **head.figures}:
-        cells = [path]
-        for name, side in (("base", base), ("head", head)):
-            if path in side.figures:
-                write(folder / name / path, side.figures[path])
-                cells.append(f"![{path}]({name}/{path})")
-            else:
-                cells.append("-")
-        found.append(cells)
+        places = (f"{name}/{path}" for name, _ in sides)
+        found.append([path, *(f"![{path}]({place})" if place in files else "-" for place in places)])
     figures = [f"### figures\n\n{markdown_table(('', base.heading, head.heading), found)}"] if found else []
-    write(folder / "report.md", "\n\n".join([*parts, *figures]).encode() + b"\n")
+    files["report.md"] = "\n\n".join([*parts, *figures]).encode() + b"\n"
+    try:
+        for name, data in files.items():
+            write(folder / name, data)
+    except StageError as error:
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":
