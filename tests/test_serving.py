@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from support.servers import free_port
 from support.store import Store
 
 from commands import export
+from commands.compare import WORSE
 from stages.dataset import read_dataset
 from stages.stage import StageError
 
@@ -48,7 +50,7 @@ def test_a_worse_model_is_promoted_only_by_force(promoted_project: Project, tmp_
     project = copy(promoted_project, tmp_path)
     slow, first = Store(project).runs("train")
     refused = promote(project, check=False)  # the workspace has the slow one
-    assert refused.returncode == 1
+    assert refused.returncode == WORSE
     assert " is worse than " in refused.stdout
     assert refused.stderr == "error: not promoted; version 1 stays the champion. --force promotes it anyway\n"
     assert champion(project) == first.info.run_id
@@ -63,6 +65,61 @@ def test_a_worse_model_is_promoted_only_by_force(promoted_project: Project, tmp_
     assert "version 2 is the champion now" in promote(project, "--force", slow.info.run_id).stdout
     versions = Store(project).client.search_model_versions("name = 'fashion-mnist-lenet'")
     assert {version.run_id for version in versions} == {slow.info.run_id, first.info.run_id}
+
+
+def test_the_version_s_tags_say_who_promoted_it_instead_of_what_and_with_which_verdict(
+    promoted_project: Project, tmp_path: Path
+) -> None:
+    project = copy(promoted_project, tmp_path)
+    slow, first = Store(project).runs("train")
+
+    def tags() -> dict[str, str]:
+        return Store(project).client.get_model_version_by_alias("fashion-mnist-lenet", "champion").tags
+
+    before = tags()
+    assert before["promoted.by"] == "Test <test@example.org>"
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(before["promoted.at"])).days == 0
+    assert before["promoted.instead_of"] == "none"
+    assert before["promoted.verdict"] == "not compared: there was no other"
+    promote(project, "--force", slow.info.run_id)
+    assert tags()["promoted.instead_of"] == f"version 1, run {first.info.run_id}"
+    assert tags()["promoted.verdict"] == "not compared: --force"
+    said = promote(project, first.info.run_id).stdout
+    assert tags()["promoted.verdict"] == said.splitlines()[0]
+    assert " is better than " in tags()["promoted.verdict"]
+
+
+def test_identical_weights_are_one_version(promoted_project: Project, tmp_path: Path) -> None:
+    project = copy(promoted_project, tmp_path)
+    project.run("git", "checkout", "-q", ".")
+    project.dvc("checkout", "-q")
+    project.set("train.checkpoint_epochs", 2)  # other params, the same weights
+    project.repro()
+    project.command("sync")
+    assert "is the champion already: fashion-mnist-lenet version 1" in promote(project).stdout
+    slow = Store(project).runs("train")[1]
+    promote(project, "--force", slow.info.run_id)
+    assert "version 1 is the champion now" in promote(project).stdout
+    assert len(Store(project).client.search_model_versions("name = 'fashion-mnist-lenet'")) == 2
+
+
+def test_a_clone_without_the_model_or_with_other_code_promotes_nothing_unasked(
+    promoted_project: Project, tmp_path: Path
+) -> None:
+    project = copy(promoted_project, tmp_path)
+    slow, first = Store(project).runs("train")
+    (project.folder / "models/lenet.safetensors").unlink()
+    failed = promote(project, "--force", check=False)
+    assert failed.stderr == (
+        "error: expected models/lenet.safetensors as in dvc.lock, found none; `dvc pull` gets it, or name a run\n"
+    )
+    with (project.folder / "stages/lenet.py").open("a") as file:
+        file.write("# changed\n")
+    failed = promote(project, "--force", check=False)
+    assert failed.stderr.startswith("error: expected dvc.lock as code, params and data say, found stages/lenet.py: ")
+    assert champion(project) == first.info.run_id
+    promote(project, "--force", slow.info.run_id)
+    assert champion(project) == slow.info.run_id
 
 
 def test_the_served_model_says_what_evaluate_says_for_one_image_and_for_a_thousand(promoted_project: Project) -> None:
