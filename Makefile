@@ -42,10 +42,12 @@ sync: .venv/installed  ## make MLflow agree with dvc.lock
 audit: .venv/installed  ## list where DVC, the files and MLflow disagree; fail if they do
 	@dvc-mlflow audit
 
-lint: .venv/installed  ## check style and types
+lint: .venv/installed  ## check style, types and workflows
 	@ruff check .
 	@ruff format --check .
 	@mypy
+	@actionlint -shellcheck= -pyflakes=
+	@zizmor --quiet --offline .github/workflows
 
 format: .venv/installed  ## format the code
 	@ruff check --fix-only .

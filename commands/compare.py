@@ -129,9 +129,9 @@ def read_revision(there: "Project", name: str, commit: str) -> Result:
 
     rev = commit or None
     try:
-        data = dvc.api.read(PREDICTIONS, rev=rev, mode="rb")
+        data = read_file(PREDICTIONS, rev)
         predictions = pd.read_parquet(io.BytesIO(data))
-        params, metrics = dvc.api.params_show(rev=rev), dvc.api.metrics_show(rev=rev)
+        params, metrics = dvc.api.params_show(rev=rev), dvc.api.metrics_show(rev=rev, config=remotes())
     except Exception as error:  # of DVC, its remote or the file, of many kinds
         raise UserError(
             f"expected a result named {name}, found none: {one_line(str(error).partition(chr(10))[0])}; `dvc pull` or "
@@ -144,6 +144,22 @@ def read_revision(there: "Project", name: str, commit: str) -> Result:
         )
     of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not per class
     return Result(short(name), flatten(params), of_all, predictions, commit[:7])
+
+
+def read_file(path: str, rev: str | None) -> bytes:
+    """The bytes of a file of a commit, or of the workspace: from git, DVC's cache or the remote. Raises any error."""
+    import dvc.api
+
+    return dvc.api.read(path, rev=rev, mode="rb", config=remotes())
+
+
+def remotes() -> dict[str, Any]:
+    """The DVC remotes of the workspace, as a config: a commit may be older than the remote that has its results."""
+    from dvc.config import Config
+
+    config = Config.from_cwd()
+    default = {"remote": config["core"]["remote"]} if "remote" in config["core"] else {}
+    return {"core": default, "remote": config["remote"]}
 
 
 def short(name: str) -> str:

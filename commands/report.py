@@ -18,7 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.compare import WORSE, Result, at, compare, markdown, markdown_table, read_revision, short, tables
+from commands.compare import (
+    WORSE,
+    Result,
+    at,
+    compare,
+    markdown,
+    markdown_table,
+    read_file,
+    read_revision,
+    short,
+    tables,
+)
 
 if TYPE_CHECKING:
     from dvc_mlflow.execution import Execution
@@ -82,6 +93,9 @@ def read_side(project: "Project", name: str) -> Side:
         heading = Result(short(name), {}, {}, None, commit[:7]).heading
         executions = {address: there.locked_alone(address) for address in there.stages}
         result, figures, lacking = None, {}, []
+        if not any(executions.values()):
+            problem = f"expected results in {heading}, found none in dvc.lock; `dvc repro`, then commit dvc.lock"
+            return Side(heading, executions, None, problem, {}, [])
         if stale := list(changed(there)):
             others = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
             problem = f"dvc.lock of {heading} is stale: {stale[0]}{others}; `dvc repro`, then commit dvc.lock"
@@ -93,7 +107,7 @@ def read_side(project: "Project", name: str) -> Side:
             problem = str(error)
         for path, digest in pictures(executions):
             try:
-                data = there.repo.dvcfs.fs.cat_file(path)
+                data = read_file(path, commit or None)
             except Exception:  # of a cache or remote, of any kind
                 data = b""
             if hashlib.md5(data).hexdigest() == digest:
