@@ -61,7 +61,10 @@ def test_a_worse_model_is_promoted_only_by_force(promoted_project: Project, tmp_
     assert "is the champion already" in promote(project, first.info.run_id).stdout
     for run in Store(project).runs("evaluate"):  # with no evaluation, nothing can be compared
         Store(project).client.delete_run(run.info.run_id)
-    assert "found none; `dvc repro` and `make sync` make it" in promote(project, slow.info.run_id, check=False).stderr
+    assert (
+        "it has no evaluation; `dvc repro` and `make sync` make one"
+        in promote(project, slow.info.run_id, check=False).stderr
+    )
     assert "version 2 is the champion now" in promote(project, "--force", slow.info.run_id).stdout
     versions = Store(project).client.search_model_versions("name = 'fashion-mnist-lenet'")
     assert {version.run_id for version in versions} == {slow.info.run_id, first.info.run_id}
