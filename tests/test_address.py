@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 from support.project import Project, make_project
+from support.servers import free_port, serve
 
 PIPELINE = "stages: {say: {cmd: dvc-mlflow run sh -c 'echo said > said', outs: [said]}}\n"
 DOWN = "http://127.0.0.1:9"  # nothing listens on the port of discard
@@ -81,3 +83,14 @@ def test_an_audit_without_a_store_checks_the_files_and_says_what_it_did_not_chec
     assert line.startswith("metrics/train.json: dvc.lock (train) has MD5 ")
     assert last.startswith(note)
     assert not (project.folder / "mlflow.db").exists()
+
+
+def test_no_process_of_the_ui_has_the_address_on_its_command_line(tmp_path: Path) -> None:
+    project, port = make(tmp_path / "project", DOWN), free_port()
+    address = f"sqlite:///{tmp_path}/of-a-secret-name.db"
+    with serve(project, port, "dvc-mlflow", "ui", "--port", str(port), MLFLOW_TRACKING_URI=address) as pid:
+        server = psutil.Process(pid)
+        lines = [" ".join(process.cmdline()) for process in (server, *server.children(recursive=True))]
+    assert (tmp_path / "of-a-secret-name.db").exists()
+    assert any("mlflow" in line for line in lines)
+    assert not [line for line in lines if "of-a-secret-name" in line]

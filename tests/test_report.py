@@ -18,7 +18,8 @@ from commands.report import MARK
 def pull_request(two_results: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The project on a branch whose one commit has the second result, with a DVC remote. Not to be changed: copy it."""
     project = copy(two_results, tmp_path_factory.mktemp("pull_request"))
-    project.dvc("remote", "add", "--default", "storage", str(project.folder.parent / "storage"))
+    for local in (["--local"], []):  # the first is for main, which is older than the remote: the push covers it, too
+        project.dvc("remote", "add", *local, "--default", "storage", str(project.folder.parent / "storage"))
     project.run("git", "checkout", "-q", "-b", "branch")
     project.commit("Learn slowly")
     project.dvc("push", "-q", "--all-branches")
