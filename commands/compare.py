@@ -47,7 +47,7 @@ class Result:
 
     @property
     def heading(self) -> str:
-        return f"{self.name} ({self.commit})" if self.commit not in ("", self.name) else self.name
+        return heading(self.name, self.commit)
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ def read_revision(there: "Project", name: str, commit: str) -> Result:
             f"expected {name}'s {PREDICTIONS} as in dvc.lock, found other bytes; `dvc-mlflow audit` says where"
         )
     of_all = {key: value for key, value in metrics.items() if not isinstance(value, dict)}  # not per class
-    return Result(short(name), flatten(params), of_all, predictions, commit[:7])
+    return Result(short(name), flatten(params), of_all, predictions, short(commit))
 
 
 def read_file(path: str, rev: str | None) -> bytes:
@@ -160,6 +160,11 @@ def remotes() -> dict[str, Any]:
     config = Config.from_cwd()
     default = {"remote": config["core"]["remote"]} if "remote" in config["core"] else {}
     return {"core": default, "remote": config["remote"]}
+
+
+def heading(name: str, commit: str) -> str:
+    """A name with its commit, both short: `main (321e479)`."""
+    return short(name) if short(commit) in ("", short(name)) else f"{short(name)} ({short(commit)})"
 
 
 def short(name: str) -> str:

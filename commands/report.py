@@ -23,11 +23,11 @@ from commands.compare import (
     Result,
     at,
     compare,
+    heading,
     markdown,
     markdown_table,
     read_file,
     read_revision,
-    short,
     tables,
 )
 
@@ -90,16 +90,16 @@ def read_side(project: "Project", name: str) -> Side:
     from dvc_mlflow.text import UserError
 
     with at(project, name) as (there, commit):
-        heading = Result(short(name), {}, {}, None, commit[:7]).heading
+        title = heading(name, commit)
         executions = {address: there.locked_alone(address) for address in there.stages}
         result, figures, lacking = None, {}, []
         if not any(executions.values()):
-            problem = f"expected results in {heading}, found none in dvc.lock; `dvc repro`, then commit dvc.lock"
-            return Side(heading, executions, None, problem, {}, [])
+            problem = f"expected results in {title}, found none in dvc.lock; `dvc repro`, then commit dvc.lock"
+            return Side(title, executions, None, problem, {}, [])
         if stale := list(changed(there)):
             others = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
-            problem = f"dvc.lock of {heading} is stale: {stale[0]}{others}; `dvc repro`, then commit dvc.lock"
-            return Side(heading, executions, None, problem, {}, [])
+            problem = f"dvc.lock of {title} is stale: {stale[0]}{others}; `dvc repro`, then commit dvc.lock"
+            return Side(title, executions, None, problem, {}, [])
         problem = ""
         try:
             result = read_revision(there, name, commit)
@@ -114,7 +114,7 @@ def read_side(project: "Project", name: str) -> Side:
                 figures[path] = data
             else:
                 lacking.append(path)
-    return Side(heading, executions, result, problem, figures, lacking)
+    return Side(title, executions, result, problem, figures, lacking)
 
 
 def pictures(executions: "Mapping[str, Execution | None]") -> Iterator[tuple[str, str]]:
