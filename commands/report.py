@@ -77,7 +77,7 @@ def main() -> None:
         parts += [*rows(project, base, head), *_lacking(base, head)]
         if args.output:
             write_report(args.output, parts, base, head)
-        print("\n\n".join([*parts, MARK]))
+    print("\n\n".join([*parts, MARK]))
     if problems:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
     if comparison and comparison["verdict"] == "worse":
