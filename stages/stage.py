@@ -168,7 +168,7 @@ def _restore_outs(name: str) -> None:
     """Copy the outs that dvc.lock records for the stage from DVC's cache, if they are whole there, to their places.
 
     DVC removes a stage's outs before it runs the stage. After a mistake in params.yaml the last good model
-    should not be gone. `dvc checkout` would leave out the metrics files, which git keeps.
+    should not be gone. `dvc checkout` would also copy what is damaged.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

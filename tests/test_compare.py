@@ -83,7 +83,8 @@ def test_revisions_experiments_and_runs_of_the_same_results_compare_alike(two_re
         assert comparison["mcnemar"] == found[0]["mcnemar"]
         assert comparison["classes"] == found[0]["classes"]
     evaluated = json.loads((two_results.folder / "metrics/evaluate.json").read_text())
-    committed = json.loads(two_results.run("git", "show", "HEAD:metrics/evaluate.json").stdout)
+    differences = json.loads(two_results.dvc("metrics", "diff", "--json", "HEAD").stdout)["metrics/evaluate.json"]
+    committed = {key: values["old"] for key, values in differences.items()}
     for comparison in found:
         for key, value in evaluated.items():
             assert comparison["metrics"][key] == {"a": committed[key], "b": value}

@@ -129,10 +129,6 @@ class Pipeline:
         """Paths of the outs, of these kinds."""
         return [path for kind in kinds for path in self._settings(stage, kind)]
 
-    def in_git(self, stage: str) -> list[str]:
-        """Paths of the metrics files that git keeps."""
-        return [path for path, settings in self._settings(stage, "metrics").items() if settings.get("cache") is False]
-
     def _settings(self, stage: str, kind: str) -> dict[str, dict[str, Any]]:
         """The outs of this kind, each with its settings."""
         found: dict[str, dict[str, Any]] = {}
