@@ -25,7 +25,7 @@ from dvc.repo import Repo
 from dvc.repo.index import Index
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _get_cache_hash
-from dvc.utils.serialize import load_yaml
+from dvc.utils.serialize import load_yaml, parse_yaml
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
@@ -505,6 +505,30 @@ class Project:
             return self.ask_git("var", "GIT_AUTHOR_IDENT").decode().rpartition(">")[0] + ">"
         except (OSError, subprocess.CalledProcessError):
             return ""
+
+    def author_of(self, execution: Execution) -> str:
+        """Who ran an execution in dvc.lock: the author of the commit that last changed its entry.
+
+        Until the entry is committed, that is whoever works here; "unknown" if the clone is too shallow to tell.
+        """
+        stage = self.stages[execution.stage]
+        lock = posixpath.relpath(Path(stage.path).with_suffix(".lock").as_posix(), Path(self.repo.root_dir).as_posix())
+        rev = "HEAD" if isinstance(self.repo.fs, LocalFileSystem) else self.repo.get_rev()
+        try:
+            text = self.ask_git("show", f"{rev}:./{lock}").decode()
+            committed = (parse_yaml(text, lock) or {}).get("stages") or {}
+            if committed.get(stage.name) != self._locks[stage.path][stage.name]:
+                return self.author()
+            lines = text.splitlines()
+            starts = [number for number, line in enumerate(lines, 1) if re.match(r"  \S", line)]
+            first = next(number for number in starts if lines[number - 1].strip(" :'\"") == stage.name)
+            last = next((number - 1 for number in starts if number > first), len(lines))
+            shown = self.ask_git("log", "-1", "-s", "--format=%P%n%an <%ae>", f"-L{first},{last}:{lock}", rev).decode()
+            shallow = self.ask_git("rev-parse", "--is-shallow-repository").strip() == b"true"
+        except (DvcException, OSError, subprocess.CalledProcessError):  # no git, or no commit with a dvc.lock yet
+            return self.author()
+        parents, author = shown.splitlines()
+        return "unknown" if shallow and not parents else author
 
     def written(self) -> list[str]:
         """The files that DVC writes: locks and outs."""

@@ -104,8 +104,8 @@ class Revision(Project):
         """The commit, which is clean."""
         return Git(self.commit.rev, author=self.commit.author)
 
-    def author(self) -> str:
-        """The commit's author."""
+    def author_of(self, execution: Execution) -> str:
+        """The commit's author: it is the first that has the execution."""
         return self.commit.author
 
     def _committed(self, path: str) -> str:

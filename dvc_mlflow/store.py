@@ -246,7 +246,7 @@ class Store:
         tags |= {
             "mlflow.source.type": "LOCAL",
             "mlflow.source.name": valid_value(source_of(execution)),
-            "mlflow.user": psutil.Process().username(),
+            "mlflow.user": git.author.partition(" <")[0] if git.author and not live else psutil.Process().username(),
             "mlflow.note.content": valid_value(note(execution, changes)),
         }
         if git.author:
@@ -589,7 +589,7 @@ class Store:
     def _make(self, execution: Execution, experiment: str | None, content: Content) -> Run:
         """Create the run of a finished execution, continuing a killed run if there is one."""
         git = self.project.git(self.project.written()) if self._is_of_this_tree(execution) else Git()
-        git = git if git.commit else Git(author=self.project.author())
+        git = replace(git, author=self.project.author_of(execution))
         # An execution in another commit is not the one that was killed here.
         former = None if experiment or "commit" in self.project.tags() else self.unfinished(execution)
         if former:

@@ -195,3 +195,28 @@ def test_a_cache_of_symlinks_is_recorded_as_well(project: Project) -> None:
     (project.folder / "mlflow.db").unlink()
     sync(project)
     project.command("audit")
+
+
+def test_a_record_made_from_dvc_lock_names_who_committed_the_result_not_who_synced(
+    finished_project: Project, tmp_path: Path
+) -> None:
+    project = copy(finished_project, tmp_path)
+    (project.folder / "mlflow.db").unlink()
+    project.set("evaluate.batch_size", 50)
+    project.repro(MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/other.db")
+    project.run("git", "commit", "-qam", "Evaluate 50 images at a time", "--author", "Ada <ada@example.org>")
+    project.command("sync")
+    authors = {stage: Store(project).run(stage).data.tags["git.author"] for stage in ("train", "evaluate")}
+    assert authors == {"train": "Test <test@example.org>", "evaluate": "Ada <ada@example.org>"}
+    assert Store(project).run("evaluate").data.tags["mlflow.user"] == "Ada"
+
+    project.set("evaluate.batch_size", 40)
+    project.repro(MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/other.db")
+    project.command("sync")
+    assert Store(project).runs("evaluate")[0].data.tags["git.author"] == "Test <test@example.org>", "not committed"
+
+    clone = tmp_path / "shallow"
+    project.run("git", "clone", "-q", "--depth", "1", project.folder.as_uri(), str(clone))
+    shallow = DVCProject(clone)
+    found = {stage: shallow.locked(stage) for stage in ("train", "evaluate")}
+    assert {stage: shallow.author_of(one) for stage, one in found.items() if one} == dict.fromkeys(found, "unknown")
