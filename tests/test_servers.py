@@ -2,23 +2,27 @@
 
 import http.server
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import mlflow
 import pytest
+from mlflow.entities import Run
 from support.commands import environment
 from support.project import STAGES, Project, copy, ran
 from support.servers import free_port, wait_for_server
 from support.store import Store
 
 from benchmarks.store import postgres as start_postgres
+
+MODEL = "models/lenet.safetensors"
 
 
 class Server:
@@ -180,17 +184,19 @@ def test_a_read_only_store_costs_one_warning(project: Project) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """The address of a database in a PostgreSQL of its own, which listens on loopback."""
+def postgres() -> Iterator[Callable[[str], str]]:
+    """Makes a database of this name in a PostgreSQL that listens on loopback; returns its address."""
     try:
         with start_postgres() as create:
-            yield create("mlflow")
+            yield create
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
 
-def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project, postgres: str, tmp_path: Path) -> None:
-    server = Server(tmp_path, postgres)
+def test_the_pipeline_records_on_a_team_server_with_postgresql(
+    project: Project, postgres: Callable[[str], str], tmp_path: Path
+) -> None:
+    server = Server(tmp_path, postgres("mlflow"))
     try:
         project.set("evaluate.batch_size", 50)
         assert repro(project, server.uri) == (["evaluate"], [], 0)
@@ -207,46 +213,103 @@ def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project,
         server.stop()
 
 
-SYNC = "import socket; socket.gethostname = lambda: {!r}; from dvc_mlflow.__main__ import main; main()"
+@pytest.fixture
+def hosts(tmp_path: Path) -> dict[str, dict[str, str]]:
+    """The environments of two hosts: what makes each Python program believe that it runs there."""
+    (tmp_path / "host").mkdir()
+    patch = "import os, socket\nsocket.gethostname = lambda: os.environ['TEST_HOST']\n"
+    (tmp_path / "host/sitecustomize.py").write_text(patch)
+    return {name: {"PYTHONPATH": str(tmp_path / "host"), "TEST_HOST": name} for name in ("one", "other")}
 
 
-def test_two_hosts_that_sync_at_once_make_one_run_of_each_execution(
-    project: Project,
+def at_once(commands: Mapping[Path, Sequence[str]], envs: Iterable[dict[str, str]]) -> list[str]:
+    """Run a shell command in each folder, all at once; none may fail or warn. Returns what they print."""
+    both = [
+        subprocess.Popen(
+            ["sh", "-ec", "\n".join(lines)],
+            cwd=folder,
+            env=environment() | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for (folder, lines), env in zip(commands.items(), envs, strict=True)
+    ]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert not any(re.search("^(warning|error): ", output, re.MULTILINE) for output in outputs), outputs
+    return outputs
+
+
+def rows(client: mlflow.MlflowClient, experiment: str) -> list[Run]:
+    """The runs of an MLflow experiment, each finished, and each child below the run that made its model."""
+    found = client.get_experiment_by_name(experiment)
+    assert found
+    runs = client.search_runs([found.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    makers = {run.data.tags[f"dvc.outs.{MODEL}"]: run.info.run_id for run in runs if run.data.tags["stage"] == "train"}
+    for run in runs:
+        if run.data.tags["stage"] == "evaluate":
+            assert run.data.tags["mlflow.parentRunId"] == makers[run.data.tags[f"dvc.deps.{MODEL}"]]
+    assert len(client.search_logged_models([found.experiment_id])) == len(makers)
+    return list(runs)
+
+
+def test_two_hosts_that_record_each_other_s_results_at_once_make_one_run_of_each_execution(
+    two_results: Project,
+    hosts: dict[str, dict[str, str]],
     tmp_path: Path,
-    postgres: str,
+    postgres: Callable[[str], str],
+    stress: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The one records the first commit, then the second; the other begins with the second."""
+    folder = tmp_path / "postgres"
+    folder.mkdir()
+    server, tries = Server(folder, postgres("sync")), 20 if stress else 2
+    one = copy(two_results, tmp_path)
+    one.commit("Learn slowly")
+    other = copy(one, tmp_path / "other")
+    commands = {
+        one.folder: ["dvc-mlflow sync --rev main~1", "dvc-mlflow sync --rev main"],
+        other.folder: ["dvc-mlflow sync --rev main", "dvc-mlflow sync --rev main~1"],
+    }
+    try:
+        for number in range(tries):
+            name = f"try {number}"
+            address = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": name}
+            at_once(commands, [host | address for host in hosts.values()])
+            stages = sorted(run.data.tags["stage"] for run in rows(mlflow.MlflowClient(server.uri), name))
+            assert stages == ["evaluate", "evaluate", "fetch", "train", "train"]
+    finally:
+        server.stop()
+    record_property("pairs of hosts that recorded each other's results at once", tries)
+
+
+def test_two_hosts_that_run_the_same_stage_at_once_make_one_run_of_it(
+    finished_project: Project,
+    hosts: dict[str, dict[str, str]],
+    tmp_path: Path,
+    postgres: Callable[[str], str],
     stress: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
     folder = tmp_path / "postgres"
     folder.mkdir()
-    server, clone, tries = Server(folder, postgres), copy(project, tmp_path / "clone"), 20 if stress else 2
+    server, tries = Server(folder, postgres("live")), 20 if stress else 1
+    clones = [copy(finished_project, tmp_path / name) for name in hosts]
     try:
-        client = mlflow.MlflowClient(server.uri)
         for number in range(tries):
             name = f"try {number}"
-            env = environment() | {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": name}
-            both = [
-                subprocess.Popen(
-                    [sys.executable, "-c", SYNC.format(host), "sync"],
-                    cwd=one.folder,
-                    env=env,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for one, host in ((project, "one"), (clone, "other"))
-            ]
-            assert [process.communicate()[1] for process in both] == ["", ""]
-            assert [process.returncode for process in both] == [0, 0]
-            experiment = client.get_experiment_by_name(name)
-            assert experiment
-            runs = client.search_runs([experiment.experiment_id])
-            assert sorted((run.data.tags["stage"], run.info.status) for run in runs) == [
-                (stage, "FINISHED") for stage in sorted(STAGES)
-            ]
-            (child,) = [run for run in runs if run.data.tags["stage"] == "evaluate"]
-            (parent,) = [run for run in runs if run.data.tags["stage"] == "train"]
-            assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-            assert len(client.search_logged_models([experiment.experiment_id])) == 1
+            for clone in clones:
+                clone.set("evaluate.batch_size", 10 + number)
+            address = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": name}
+            outputs = at_once(
+                {clone.folder: ["dvc repro"] for clone in clones}, [host | address for host in hosts.values()]
+            )
+            assert [ran(output) for output in outputs] == [["evaluate"], ["evaluate"]]
+            runs = rows(mlflow.MlflowClient(server.uri), name)
+            assert sorted(run.data.tags["stage"] for run in runs) == sorted(STAGES)
     finally:
         server.stop()
-    record_property("pairs of hosts that synced at once", tries)
+    record_property("pairs of hosts that ran the same stage at once", tries)
