@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro test stress bench gpu picture ui sync audit lint format lock
+.PHONY: help repro test stress bench gpu picture ui sync audit push pull lint format lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -20,7 +20,8 @@ test: .venv/installed  ## run the tests
 
 stress: .venv/installed  ## run the long forms of the reliability tests: kills, faults, bad input, CPUs; 45 minutes
 	@pytest --stress tests/test_kills.py tests/test_checkpoint.py tests/test_faults.py tests/test_bad_input.py \
-		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py tests/test_same_bits.py
+		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py tests/test_same_bits.py \
+		tests/test_servers.py
 
 bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else running
 	@dvc repro fetch
@@ -41,6 +42,12 @@ sync: .venv/installed  ## make MLflow agree with dvc.lock
 
 audit: .venv/installed  ## list where DVC, the files and MLflow disagree; fail if they do
 	@dvc-mlflow audit
+
+push: .venv/installed  ## send results, DVC's run cache and experiments to the team's remote
+	@python -m commands.share push
+
+pull: .venv/installed  ## get what others pushed
+	@python -m commands.share pull
 
 lint: .venv/installed  ## check style, types and workflows
 	@ruff check .
