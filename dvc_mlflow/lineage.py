@@ -1,6 +1,7 @@
 """Trace a run back to its bytes, and bytes to their runs."""
 
 import contextlib
+import hashlib
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from dvc_mlflow.execution import Execution
 from dvc_mlflow.project import Project, hash_path
 from dvc_mlflow.status import digest_of
 from dvc_mlflow.store import PATCH, Store
-from dvc_mlflow.text import UserError
+from dvc_mlflow.text import UserError, one_line, without_credentials
 
 
 def lineage(store: Store, target: str, folder: Path | None) -> None:
@@ -41,7 +42,8 @@ def lineage(store: Store, target: str, folder: Path | None) -> None:
         users = _users(store, digest, every)
     if not any(users.values()):
         raise UserError(f"expected a run id, or a file or MD5 that a run made or read, found {target}")
-    print(f"md5 {digest}")
+    made = [key for run in users["outs"] for key, md5 in run.data.tags.items() if md5 == digest and "dvc.outs." in key]
+    print(f"md5 {digest}{Places(store.project).note(made[0].removeprefix('dvc.outs.'), digest) if made else ''}")
     for kind, verb in (("outs", "made by"), ("deps", "read by")):
         for run in users[kind]:
             print(f"  {verb}  {run.info.run_id}  {_when(run)}  {run.info.run_name}")
@@ -89,15 +91,64 @@ def show_run(store: Store, run: Run, folder: Path | None) -> None:
     commit = tags.get("mlflow.source.git.commit")
     print(f"commit   {commit + state if commit else 'unknown: no git, or other code'}")
     print(f"command  {tags.get('dvc.cmd', 'unknown: not a run of this pipeline')}")
+    places, made = Places(store.project, commit), {*hashes(run, execution, "outs")}
+    made |= {path for one in (execution.upstream if execution else ()) for path in one.outs}
     for kind, title in (("deps", "read"), ("outs", "made")):
         for path, digest in hashes(run, execution, kind).items():
-            print(f"{title:<8} {digest}  {path}")
+            print(f"{title:<8} {digest}  {path}{places.note(path, digest) if path in made else ''}", flush=True)
     if not commit or "stage" not in tags:
         raise UserError("expected a stage's run with a commit, found none; it cannot be restored")
     if folder:
         restore(store, run, execution, folder)
     else:
         print(f"restore  dvc-mlflow lineage {run.info.run_id} --restore DIR")
+
+
+class Places:
+    """Where the bytes of outs can be had."""
+
+    def __init__(self, project: Project, commit: str | None = None) -> None:
+        """`commit` may have outs that DVC does not cache."""
+        self._project, self._commit = project, commit
+        self._silent: dict[str, str] = {}  # the remotes that could not be asked, and why
+
+    def note(self, path: str, digest: str) -> str:
+        """What to add to a line on these bytes: "" if they are here, else which remote has them, or that none has."""
+        if self._here(path, digest):
+            return ""
+        remotes = [*self._project.repo.config["remote"]]
+        if not remotes:
+            return "  (gone: not here, and there is no DVC remote)"
+        for name in remotes:
+            if name not in self._silent and self._has(name, digest):
+                return f"  (not here; the remote {name} has it)"
+        if self._silent:
+            why = "; ".join(f"the remote {name} cannot be asked: {error}" for name, error in self._silent.items())
+            return f"  (not here; {why})"
+        return f"  (gone: neither here nor in the remote {', '.join(remotes)})"
+
+    def _here(self, path: str, digest: str) -> bool:
+        if digest_of(self._project, path, digest) == digest:
+            return True
+        parts = [digest, *((self._project.entries(path, digest) or {}).values() if digest.endswith(".dir") else ())]
+        if all(any(file.exists() for file in self._project.cached(part)) for part in parts):
+            return True
+        if not self._commit:
+            return False
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git may have an out that DVC does not cache
+            return hashlib.md5(self._project.ask_git("show", f"{self._commit}:./{path}")).hexdigest() == digest
+        return False
+
+    def _has(self, remote: str, digest: str) -> bool:
+        try:
+            for kind in ("md5", "md5-dos2unix"):
+                odb = self._project.repo.cloud.get_remote_odb(remote, hash_name=kind)
+                with contextlib.suppress(FileNotFoundError):
+                    odb.fs.info(odb.oid_to_path(digest))  # its `exists` says False if the remote is down
+                    return True
+        except Exception as error:  # the remote's client raises anything: botocore's, asyncssh's, OSError
+            self._silent[remote] = without_credentials(one_line(error, 200))
+        return False
 
 
 def _git(folder: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -138,6 +189,7 @@ def restore(store: Store, run: Run, execution: Execution | None, folder: Path) -
         (folder / ".git" / "dvc-cache").symlink_to(database)  # DVC cannot write a non-ASCII path
         link = os.path.relpath(folder / ".git" / "dvc-cache", inner)
         _step("dvc", "--cd", str(inner), "cache", "dir", "--quiet", "--local", link)
+        _use_remotes(project, inner)
         if execution:
             Project(inner).write_locks([*execution.upstream, execution])
         # --pull asks the remote, if there is one, before a stage runs; what runs is recorded in a separate store.
@@ -159,6 +211,16 @@ def restore(store: Store, run: Run, execution: Execution | None, folder: Path) -
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _use_remotes(project: Project, folder: Path) -> None:
+    """Let the DVC project in this folder use the remotes of this one: an old commit may name none, or others."""
+    config = project.repo.config
+    there = Project(folder).repo.config
+    Path(there.files["local"]).chmod(0o600)  # before it has credentials
+    with there.edit("local") as local:
+        local["remote"] = {name: dict(settings) for name, settings in config["remote"].items()}
+        local["core"] = {key: value for key, value in config["core"].items() if key == "remote"}
 
 
 def _step(*command: str) -> None:
