@@ -1,0 +1,100 @@
+"""Two people in two clones, with one S3 server and one MLflow server, as docs/team.md says."""
+
+import contextlib
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from support.project import STAGES, Project, copy, ran
+from support.servers import S3, Service, free_port
+from support.team import Remote, found_team, join
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[str]:
+    """The address of an MLflow server."""
+    folder, port = tmp_path / "mlflow", free_port()
+    folder.mkdir()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
+
+    def is_healthy() -> bool:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            return True
+        return False
+
+    server = Service(command, port, folder / "log", is_healthy)
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+def rows(address: str) -> list[Run]:
+    """All rows of the project, the newest first."""
+    client = mlflow.MlflowClient(address)
+    experiment = client.get_experiment_by_name("fashion-mnist-lenet")
+    assert experiment
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def test_two_people_share_results_rows_and_merges(
+    finished_project: Project, s3: S3, mlflow_server: str, tmp_path: Path
+) -> None:
+    env = s3.env | {"MLFLOW_TRACKING_URI": mlflow_server}
+    ada, prefix = copy(finished_project, tmp_path / "ada"), tmp_path.parent.name + tmp_path.name
+    ada.run("git", "config", "user.name", "Ada")
+    found_team(ada, Remote(f"s3://team/{prefix}", {"endpointurl": s3.uri}, env), tmp_path)
+    ada.command("sync", check=True, **env)
+    ada.command("share", "push", check=True, **env)
+
+    # What Ada ran, Ben has, and it stays one row a stage.
+    ben = join(tmp_path, "ben")
+    ben.run("git", "config", "user.name", "Ben")
+    ben.command("share", "pull", check=True, **env)
+    assert ben.repro(check=True, **env) == []
+    ben.command("sync", check=True, **env)
+    assert sorted(run.data.tags["stage"] for run in rows(mlflow_server)) == sorted(STAGES)
+    assert "agree" in ben.command("audit", check=True, **env).stdout
+
+    # What Ben runs says so, and Ada gets it.
+    fifties = ("exp", "run", "--name", "fifties", "--set-param", "evaluate.batch_size=50")
+    assert ran(ben.dvc(*fifties, check=True, warns=False, **env).stdout) == ["evaluate"]
+    assert rows(mlflow_server)[0].data.tags["git.author"] == "Ben <test@example.org>"
+    ben.command("share", "push", check=True, **env)
+    ada.command("share", "pull", check=True, **env)
+    ada.dvc("exp", "apply", "fifties")
+    assert ada.repro(check=True, **env) == []
+    ada.command("sync", check=True, **env)
+    assert len(rows(mlflow_server)) == 4
+
+    # Both commit results; Ben merges, as docs/team.md says.
+    ada.run("git", "commit", "-qam", "Evaluate 50 images at a time")
+    ada.run("git", "push", "-q", "origin", "main")
+    ben.run("git", "checkout", "-q", "params.yaml", "dvc.lock")
+    ben.set("train.lr", 0.0001)
+    assert ben.repro(check=True, **env) == ["train", "evaluate"]
+    ben.run("git", "commit", "-qam", "Learn slowly")
+    assert "Merge conflict in dvc.lock" in ben.run("git", "pull", "--no-rebase", check=False).stdout
+    assert ben.repro("--pull", check=True, **env) == ["evaluate"]
+    ben.run("git", "add", "dvc.lock")
+    ben.run("git", "commit", "-q", "--no-edit")
+    assert "agree" in ben.command("audit", check=True, **env).stdout
+    ben.run("git", "push", "-q", "origin", "main")
+    ben.command("share", "push", check=True, **env)
+
+    # Ada has the merge without a run; all its rows are there.
+    ada.run("git", "pull", "-q")
+    ada.command("share", "pull", check=True, **env)
+    assert ada.repro(check=True, **env) == []
+    count = len(rows(mlflow_server))
+    assert "agree" in ada.command("audit", check=True, **env).stdout
+    assert count == len({run.data.tags["dvc.execution"] for run in rows(mlflow_server)}) == 7
