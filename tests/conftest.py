@@ -37,7 +37,7 @@ def stress(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the figures that tests recorded with `record_property`, such as how many kills were survived."""
+    """Print the figures that tests recorded with `record_property`, such as the number of survived kills."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties if report.when == "call" else ():
             terminalreporter.write_line(f"{value:>7,} {name} ({report.nodeid})")
@@ -49,7 +49,7 @@ def tiny_files() -> dict[str, bytes]:
     return make_tiny_files()
 
 
-# A shell that starts the tests in the background has them ignore SIGINT, and so all that they start.
+# A shell that starts the tests in the background makes them, and all that they start, ignore SIGINT.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -57,7 +57,7 @@ MIRROR = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the mirror in the process that outlives the workers of pytest-xdist, since they share what came from it."""
+    """Start the mirror in the process that outlives the workers of pytest-xdist, which share the data from it."""
     if hasattr(config, "workerinput"):
         config.stash[MIRROR] = config.workerinput["mirror"]
         return
@@ -78,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the test that mostly waits, for DVC's queue: the other tests make use of the processors meanwhile."""
+    """Begin with the test that mostly waits for DVC's queue, so that other tests use the processors meanwhile."""
     items.sort(key=lambda item: "queued_experiments" not in item.name)
 
 
@@ -95,7 +95,7 @@ def mirror(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project as a clone has it, on the tiny data: nothing has run. Not to be changed: copy it."""
+    """The project as cloned, but for the tiny data: nothing has run. Copy it before you change it."""
     project = Project(tmp_path_factory.mktemp("fresh") / "project")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -116,10 +116,13 @@ def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: p
     for key, content in tiny_files.items():
         project.set(f"fetch.files.{key}.bytes", len(content))
         project.set(f"fetch.files.{key}.sha256", hashlib.sha256(content).hexdigest())
+    project.set("train.seed", 0)
     project.set("train.validation_size", 100)
+    project.set("train.lr", 0.01)
     project.set("train.epochs", 3)
     project.set("train.batch_size", 16)
-    project.set("train.threads", 1)  # threads that wait for each other do so at the cost of the other processes
+    project.set("train.threads", 1)  # threads that spin while they wait take the cores from other processes
+    project.set("evaluate.batch_size", 1000)
     project.set("evaluate.threads", 1)
     (project.folder / "dvc.lock").unlink(missing_ok=True)
     project.run("git", "init", "-q", "-b", "main")
@@ -132,7 +135,7 @@ Once = Callable[[str, Project, Callable[[Project], object]], Project]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
-    """Makes a changed copy of a project; of pytest-xdist's workers the first does so, and all get a copy of that."""
+    """Makes a changed copy of a project: the first worker of pytest-xdist does, and each gets a copy of that."""
     own = tmp_path_factory.mktemp("projects")
     shared = own.parent if worker_id == "master" else own.parent.parent
 
@@ -149,7 +152,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
 
 @pytest.fixture(scope="session")
 def finished_project(fresh_project: Project, once: Once) -> Project:
-    """The project after `dvc repro`, committed. Not to be changed: copy it."""
+    """The project after `dvc repro`, committed. Copy it before you change it."""
 
     def finish(project: Project) -> None:
         project.dvc("repro")
@@ -160,7 +163,7 @@ def finished_project(fresh_project: Project, once: Once) -> Project:
 
 @pytest.fixture(scope="session")
 def two_results(finished_project: Project, once: Once) -> Project:
-    """The project with a second result, the experiment `slow`, that hardly learns. Not to be changed: copy it.
+    """The project with a second result, the experiment `slow`, which hardly learns. Copy it before you change it.
 
     HEAD has the first result, the workspace the second.
     """
@@ -170,7 +173,7 @@ def two_results(finished_project: Project, once: Once) -> Project:
 
 @pytest.fixture(scope="session")
 def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A project that was moved after it ran, and `make ui` at work in it, in the environment of the tests."""
+    """A project that was moved after it ran, with `make ui` running in it."""
     before = copy(finished_project, tmp_path_factory.mktemp("served")).folder
     project = Project(before.rename(before.with_name("über uns")))
     project.command("sync")
@@ -205,11 +208,11 @@ def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SSH]:
 
 @pytest.fixture
 def project(finished_project: Project, tmp_path: Path) -> Project:
-    """A copy, to be changed, of the project after `dvc repro`."""
+    """A copy of the project after `dvc repro`, free to change."""
     return copy(finished_project, tmp_path)
 
 
 @pytest.fixture
 def new_project(fresh_project: Project, tmp_path: Path) -> Project:
-    """A copy, to be changed, of the project in which nothing has run."""
+    """A copy of the project in which nothing has run, free to change."""
     return copy(fresh_project, tmp_path)

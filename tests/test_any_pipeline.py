@@ -1,4 +1,4 @@
-"""Pipelines that the package has never seen, of shell and Python stages with all that DVC can express."""
+"""A pipeline that the package does not know, of shell and Python stages that use all that DVC can express."""
 
 import json
 import math
@@ -200,20 +200,20 @@ class Pipeline:
         return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, name)]
 
     def artifacts(self, run: Run) -> dict[str, bytes]:
-        """The run's files, but for the execution, which has the command, and the patch."""
+        """The run's files, except the execution, which contains the command, and the patch."""
         folder = Path(re.sub("^file://", "", run.info.artifact_uri))
         files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
         return {name: path.read_bytes() for name, path in files.items() if name not in ("execution.json", "code.patch")}
 
 
 def make(folder: Path, run: str) -> Pipeline:
-    """The pipeline after `dvc repro`, with words in front of some of its commands, and then a stage taken out."""
+    """The pipeline after `dvc repro`, with a prefix before some commands; then one stage is removed."""
     pipeline = Pipeline(folder / "repository" / "project")
     pipeline.folder.mkdir(parents=True)
     pipeline.write("../outside.txt", "from outside\n")
     for path, text in FILES.items():
         pipeline.write(path, text)
-    tail = "| cat > parts/deep/b.csv"  # of a shell: the launcher stands in front of what it runs
+    tail = "| cat > parts/deep/b.csv"  # a shell command: the prefix goes before what it runs
     text = PIPELINE.replace("raw.csv -- {tail}", f"raw.csv {tail}")
     pipeline.write("dvc.yaml", text.format(run=run, gone=GONE))
     pipeline.write("sub/dvc.yaml", SUB.format(run=run))
@@ -240,7 +240,7 @@ def synced(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """The pipeline with `dvc-mlflow run` in front of commands."""
+    """The pipeline with the prefix `dvc-mlflow run` before commands."""
     return make(tmp_path_factory.mktemp("live"), "dvc-mlflow run ")
 
 
@@ -280,7 +280,7 @@ def test_params_of_all_kinds_of_files(runs: dict[str, Run]) -> None:
 
 def test_metrics_of_a_directory_and_strings(runs: dict[str, Run]) -> None:
     train = runs["train"].data
-    assert train.metrics["loss"] == 1 / 3 and train.metrics["loss.final"] == 0.125  # another value than the last
+    assert train.metrics["loss"] == 1 / 3 and train.metrics["loss.final"] == 0.125  # differs from the last value
     assert train.metrics["best.epoch"] == 3 and "accuracy.final" not in train.metrics
     assert train.tags["best.done"] == "true" and train.tags["optimizer"] == "sgd"
     evaluate = runs["evaluate"].data.metrics
@@ -305,7 +305,7 @@ def test_small_files_are_artifacts(synced: Pipeline, runs: dict[str, Run]) -> No
     assert synced.artifacts(runs["steady"]) == {"steady.txt": b"from outside\nextra\n"}
 
 
-def test_a_directory_is_a_dataset_of_those_that_make_and_read_it(synced: Pipeline, runs: dict[str, Run]) -> None:
+def test_a_directory_is_a_dataset_of_the_runs_that_make_and_read_it(synced: Pipeline, runs: dict[str, Run]) -> None:
     names = {
         stage: [entry.dataset.name for entry in (run.inputs.dataset_inputs if run.inputs else [])]
         for stage, run in runs.items()
@@ -313,7 +313,7 @@ def test_a_directory_is_a_dataset_of_those_that_make_and_read_it(synced: Pipelin
     assert {stage for stage, found in names.items() if found == ["parts"]} == {"prepare", "train"}
 
 
-def test_what_reads_a_model_is_a_child_whose_metrics_are_on_the_parent(runs: dict[str, Run]) -> None:
+def test_a_run_that_reads_a_model_is_a_child_whose_metrics_are_on_the_parent(runs: dict[str, Run]) -> None:
     assert runs["evaluate"].data.tags["mlflow.parentRunId"] == runs["train"].info.run_id
     assert runs["train"].data.metrics["evaluate.accuracy"] == 0.75
     assert [stage for stage, run in runs.items() if "mlflow.parentRunId" in run.data.tags] == ["evaluate"]
@@ -332,7 +332,7 @@ def test_live_and_synced_records_are_alike(synced: Pipeline, runs: dict[str, Run
         one, other = own[stage], runs[stage]
         assert "restored" not in one.data.tags
         assert one.data.params == other.data.params
-        assert str(sorted(one.data.metrics.items())) == str(sorted(other.data.metrics.items()))  # nan is nan
+        assert str(sorted(one.data.metrics.items())) == str(sorted(other.data.metrics.items()))  # NaN equals NaN here
         for name in {*one.data.metrics} - {"worst"}:
             assert live.curve(one, name) == synced.curve(other, name)
         assert live.artifacts(one) == synced.artifacts(other)
@@ -347,7 +347,7 @@ def test_sync_completes_what_ran_without_the_launcher(live: Pipeline) -> None:
 
 @pytest.fixture(scope="module")
 def planted(synced: Pipeline, runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What `dvc-mlflow audit --all` prints of a copy in which something of each kind is not as it should be."""
+    """What `dvc-mlflow audit --all` prints in a copy with one planted fault of each kind."""
     folder = tmp_path_factory.mktemp("planted")
     pipeline = Pipeline(folder / "repository" / "project")
     shutil.copytree(synced.folder.parent, pipeline.folder.parent, symlinks=True)

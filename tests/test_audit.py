@@ -1,4 +1,4 @@
-"""Each kind of disagreement is planted, and audit names it in one line."""
+"""Audit names each kind of planted disagreement in one line."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ from dvc_mlflow.store import hardware_tags
 
 @pytest.fixture
 def audit(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Return a function that returns audit's lines about the project."""
+    """A function that returns audit's lines about the project."""
     monkeypatch.chdir(project.folder)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
@@ -44,7 +44,7 @@ def test_a_disagreement_is_a_failure(project: Project) -> None:
 def test_another_mirror_of_the_same_bytes_is_no_disagreement(
     project: Project, mirror: str, audit: Callable[[], list[str]]
 ) -> None:
-    """Only fetch runs again: what train and evaluate read is as it was."""
+    """Only fetch reruns: the inputs of train and evaluate are unchanged."""
     project.set("fetch.mirrors", [mirror, mirror])
     assert project.repro() == ["fetch"]
     assert audit() == []
@@ -159,7 +159,7 @@ def test_a_mistake_in_params_is_a_disagreement(project: Project) -> None:
     assert result.stdout == "train.lr: params.yaml has -1, dvc.lock 0.01\n"
 
 
-def test_other_bits_of_other_hardware_are_named_as_such_and_are_no_failure(project: Project) -> None:
+def test_other_bits_from_other_hardware_are_a_note_and_no_failure(project: Project) -> None:
     with modify_yaml(project.folder / "dvc.yaml") as pipeline:
         pipeline["stages"] = {"say": {"cmd": "dvc-mlflow run sh -c 'echo $WORD > said'", "outs": ["said"]}}
     project.dvc("repro", WORD="one")
@@ -169,7 +169,7 @@ def test_other_bits_of_other_hardware_are_named_as_such_and_are_no_failure(proje
     assert first.data.tags["hardware.instruction_set"].startswith(platform.machine())
     project.dvc("repro", "--force", WORD="two")
     second, _ = store.runs("say")
-    assert "note: " not in project.command("audit").stdout, "the hardware is the same, and not the reason"
+    assert "note: " not in project.command("audit").stdout, "the hardware is the same, so it is not the reason"
     store.client.set_tag(first.info.run_id, "hardware.cpu", "Another CPU")
     (line,) = [line for line in project.command("audit").stdout.splitlines() if line.startswith("note: ")]
     assert line.startswith(f"note: say: run {first.info.run_id} made different bytes from the same command")

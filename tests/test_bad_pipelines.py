@@ -1,4 +1,4 @@
-"""What people do to a pipeline of shell stages, and faults: no false record, no second one, a clear line each."""
+"""Changes and faults in a pipeline of shell stages: no false record, no duplicate, one clear line for each."""
 
 import contextlib
 import json
@@ -82,7 +82,7 @@ class Pipeline:
         self.run("git", "commit", "-qm", "A pipeline")
 
     def forget(self) -> None:
-        """Take a new store."""
+        """Remove the store, so that the next command creates a new one."""
         for path in self.folder.glob("mlflow.db*"):
             path.unlink()
         shutil.rmtree(self.folder / "mlartifacts", ignore_errors=True)
@@ -115,7 +115,7 @@ def pipeline(made: dict[str, Path], tmp_path: Path) -> Pipeline:
 
 @pytest.fixture
 def live(made: dict[str, Path], tmp_path: Path) -> Pipeline:
-    """Its commands have `dvc-mlflow run` in front."""
+    """The project whose commands have the prefix `dvc-mlflow run`."""
     return Pipeline(shutil.copytree(made["dvc-mlflow run "], tmp_path / "project"))
 
 
@@ -135,8 +135,8 @@ def test_an_evaluation_is_never_recorded_with_params_that_did_not_make_its_model
     pipeline.run("dvc-mlflow", "audit", "--all")
 
 
-def test_each_lock_has_runs_with_its_own_params_even_where_the_bytes_are_the_same(pipeline: Pipeline) -> None:
-    """A stage's param changed and its out did not, so that DVC skips those after it."""
+def test_each_lock_has_runs_with_its_own_params_even_if_the_bytes_are_the_same(pipeline: Pipeline) -> None:
+    """A stage's param changed but its out did not, so DVC skips the stages after it."""
     names = """stages:
   names:
     cmd: echo 1 > names.txt
@@ -165,7 +165,7 @@ def test_each_lock_has_runs_with_its_own_params_even_where_the_bytes_are_the_sam
 
 
 def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeline: Pipeline) -> None:
-    """DVC's run cache takes no account of params that are named as its own fields."""
+    """DVC's run cache ignores params that are named like its own fields."""
     text = (pipeline.folder / "dvc.yaml").read_text()
     pipeline.write("dvc.yaml", text.replace("wc -c < model.txt >", "grep size params.yaml >"))
     pipeline.run("dvc", "repro")
@@ -182,7 +182,7 @@ def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeli
 
 
 def test_a_change_that_git_overlooks_is_in_the_patch(pipeline: Pipeline) -> None:
-    """Git believes that a file of the same size and time is the same; DVC's experiments change params that quickly."""
+    """Git takes a file of the same size and time for unchanged; DVC's experiments change params that quickly."""
     params = pipeline.folder / "params.yaml"
     os.utime(params, (1e9, 1e9))
     pipeline.run("git", "config", "core.trustctime", "false")
@@ -248,8 +248,8 @@ def test_a_killed_run_is_not_continued_on_other_data(live: Pipeline) -> None:
     assert sorted((point.step, point.value) for point in points) == [(1, 7.1), (2, 7.2), (3, 7.3)]
 
 
-def test_params_that_change_while_a_stage_is_at_work_are_not_recorded_as_its_own(live: Pipeline) -> None:
-    """DVC reads them at the end of the stage, and takes those that it finds there for those of the stage."""
+def test_params_that_change_while_a_stage_runs_are_not_recorded_as_its_own(live: Pipeline) -> None:
+    """DVC reads them when the stage ends, and takes these for the ones that it started with."""
     process = subprocess.Popen(
         ["dvc", "repro"], cwd=live.folder, env=live.env(PAUSE="2"), stderr=subprocess.PIPE, text=True
     )
@@ -272,15 +272,15 @@ def test_params_that_change_while_a_stage_is_at_work_are_not_recorded_as_its_own
     live.run("dvc-mlflow", "audit", "--all")
 
 
-def test_a_dvc_yaml_that_the_command_writes_at_the_moment_is_read_again(live: Pipeline) -> None:
+def test_a_dvc_yaml_that_the_command_is_writing_is_read_again(live: Pipeline) -> None:
     """DVCLive adds its files to dvc.yaml while the recorder starts."""
     live.write("fit.sh", f"cp dvc.yaml whole; : > dvc.yaml; sleep 2; cat whole > dvc.yaml\n{FIT}")
     live.run("dvc", "repro")
     assert live.rows() == [("fit", "FINISHED", "1")]
 
 
-def test_the_points_of_an_earlier_run_that_an_out_still_has_are_not_of_this_one(live: Pipeline) -> None:
-    """DVC leaves an out with `persist` in its place."""
+def test_points_of_an_earlier_run_in_a_kept_out_are_not_recorded(live: Pipeline) -> None:
+    """DVC does not remove an out with `persist`."""
     kept = PIPELINE.replace("{{x: epoch}}", "{{x: epoch, persist: true}}")
     live.write("dvc.yaml", kept.format(prefix="dvc-mlflow run "))
     live.run("dvc", "repro")
@@ -303,8 +303,8 @@ def test_the_launcher_ends_as_its_command_does(live: Pipeline, command: str, cod
     assert [run.info.status for run in live.runs()] == [status]
 
 
-def test_lineage_fetches_what_git_and_dvc_lack_and_computes_and_records_nothing(live: Pipeline, tmp_path: Path) -> None:
-    """In a shallow clone with an empty cache, the commit comes by git, the bytes come from DVC's remote."""
+def test_a_restore_fetches_what_is_missing_instead_of_computing_it(live: Pipeline, tmp_path: Path) -> None:
+    """In a shallow clone with an empty cache, git fetches the commit; the bytes come from DVC's remote."""
     live.run("dvc", "remote", "add", "-d", "storage", str(tmp_path / "storage"))
     live.run("dvc", "repro")
     live.commit()
@@ -327,7 +327,7 @@ def test_lineage_fetches_what_git_and_dvc_lack_and_computes_and_records_nothing(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_restore_that_is_ended_leaves_no_folder(live: Pipeline, number: signal.Signals, tmp_path: Path) -> None:
+def test_a_restore_that_is_stopped_leaves_no_folder(live: Pipeline, number: signal.Signals, tmp_path: Path) -> None:
     live.run("dvc", "repro")
     (run,) = [run for run in live.runs() if run.data.tags["stage"] == "fit"]
     shutil.rmtree(live.folder / ".dvc/cache")
@@ -342,7 +342,7 @@ def test_a_restore_that_is_ended_leaves_no_folder(live: Pipeline, number: signal
     assert b"Traceback" not in process.communicate()[1]
     assert process.returncode == 128 + number
     assert not (tmp_path / "again").exists()
-    assert psutil.wait_procs(started, timeout=10)[1] == [], "the command works on in a folder that is gone"
+    assert psutil.wait_procs(started, timeout=10)[1] == [], "the command continues in a folder that is gone"
 
 
 def test_two_syncs_at_once_into_a_new_file_make_one_run_of_each_execution(pipeline: Pipeline) -> None:
@@ -356,9 +356,7 @@ def test_two_syncs_at_once_into_a_new_file_make_one_run_of_each_execution(pipeli
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_sync_that_is_ended_leaves_nothing_that_the_next_one_does_not_mend(
-    pipeline: Pipeline, number: signal.Signals
-) -> None:
+def test_the_next_sync_completes_one_that_was_stopped(pipeline: Pipeline, number: signal.Signals) -> None:
     pipeline.run("dvc", "repro")
     process = subprocess.Popen(["dvc-mlflow", "sync"], cwd=pipeline.folder, env=pipeline.env(), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30
@@ -433,7 +431,7 @@ def test_curves_without_their_x_are_named_and_cost_no_record(pipeline: Pipeline)
 
 
 @pytest.mark.parametrize("x", ["0.5", "inf", "nan", "a word"])
-def test_a_plot_whose_x_is_no_whole_number_is_an_artifact_alone(pipeline: Pipeline, x: str) -> None:
+def test_a_plot_whose_x_is_no_whole_number_is_only_an_artifact(pipeline: Pipeline, x: str) -> None:
     pipeline.write("fit.sh", f'grep rate params.yaml > model.txt; printf "epoch,loss\\n{x},1\\n" > history.csv')
     pipeline.run("dvc", "repro")
     assert "history.csv" not in pipeline.run("dvc-mlflow", "sync")
@@ -443,9 +441,7 @@ def test_a_plot_whose_x_is_no_whole_number_is_an_artifact_alone(pipeline: Pipeli
 
 
 @pytest.mark.parametrize("everything", [[], ["--all"]], ids=["workspace", "history"])
-def test_an_image_that_cannot_be_had_costs_no_record_and_is_added_later(
-    pipeline: Pipeline, everything: list[str]
-) -> None:
+def test_an_unavailable_image_is_added_to_its_record_later(pipeline: Pipeline, everything: list[str]) -> None:
     text = PIPELINE.format(prefix="").replace(
         "metrics: [score.yaml]", "metrics: [score.yaml]\n    plots: [picture.png]"
     )

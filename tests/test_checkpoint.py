@@ -1,4 +1,4 @@
-"""A training that was cut off goes on from its checkpoint to the same bits, and from nobody else's."""
+"""A training that was cut off continues from its own checkpoint only, and to the same bits."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def path() -> Path:
         ({"validation_size": 0, "activation": "relu", "schedule": "constant"}, 2, 1, [3, 4]),
     ],
 )
-def test_a_training_goes_on_to_the_bits_of_one_that_was_not_cut_off(
+def test_a_training_continues_to_the_bits_of_one_that_was_not_cut_off(
     changes: dict, cut: int, every: int, left: list[int]
 ) -> None:
     whole, history = fit(epochs=EPOCHS, **changes)
@@ -80,20 +80,20 @@ def test_a_training_goes_on_to_the_bits_of_one_that_was_not_cut_off(
     assert bits(resumed) == bits(whole)
 
 
-def test_how_often_checkpoints_are_written_does_not_matter_to_them(path: Path) -> None:
+def test_a_checkpoint_is_valid_for_any_interval_of_checkpoints(path: Path) -> None:
     rest = Listener()
     fit(listener=rest, epochs=EPOCHS, checkpoint_epochs=3)
     assert steps(rest) == [3, 4]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.02}, {"epochs": 5}, {"threads": 2}, {"batch_size": 17}])
-def test_other_params_begin_anew(change: dict, path: Path) -> None:
+def test_other_params_start_again(change: dict, path: Path) -> None:
     rest = Listener()
     fit(listener=rest, **{"epochs": EPOCHS, **change})
     assert steps(rest)[0] == 1
 
 
-def test_other_data_code_versions_and_hardware_begin_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_data_code_versions_and_hardware_start_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     params, dataset = make_params(), make_dataset(600)
 
     def key() -> str:
@@ -137,7 +137,7 @@ class Marker:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
-    """Change what the file says, and its tensors."""
+    """Change the file's metadata and its tensors."""
     with safe_open(path, framework="pt") as file:
         content = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -170,7 +170,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_file_that_is_damaged_or_foreign_is_ignored_with_a_line(
+def test_a_damaged_or_unrelated_file_is_ignored_with_a_warning(
     damage: str, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     DAMAGE[damage](path)
@@ -183,7 +183,7 @@ def test_a_file_that_is_damaged_or_foreign_is_ignored_with_a_line(
     assert not Path("unpickled").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_a_line_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_cannot_be_written_costs_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
     Path(".dvc").write_text("in the way")
     rest = Listener()
     fit(listener=rest, epochs=2, checkpoint_epochs=1)
@@ -197,7 +197,7 @@ def test_a_training_that_was_cut_off_after_its_last_epoch_writes_its_history(pro
     model, history = project.folder / "models/lenet.safetensors", project.folder / "metrics/history.csv"
     expected = model.read_bytes(), history.read_bytes()
     model.unlink()
-    model.mkdir()  # nothing can be renamed to it: the training ends before it has written its model
+    model.mkdir()  # no file can replace it: the training ends before it has written its model
     assert "cannot write models/lenet.safetensors" in project.run(*command, check=False).stderr
     model.rmdir()
     history.unlink()
@@ -228,7 +228,7 @@ class DropoutLeNet(LeNet):
 
 
 @pytest.mark.parametrize("network", [BatchNormLeNet, DropoutLeNet])
-def test_a_network_with_buffers_or_random_numbers_goes_on_to_the_same_bits(
+def test_a_network_with_buffers_or_random_numbers_continues_to_the_same_bits(
     network: type[LeNet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stages.training.LeNet", network)

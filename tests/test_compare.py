@@ -1,4 +1,4 @@
-"""A comparison says what the files say, and calls a difference one only if it is more than chance."""
+"""A comparison matches the files, and reports a difference only if it is more than chance."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def result(name: str, labels: np.ndarray, predicted: np.ndarray) -> Result:
 
 
 def make(only_a: int, only_b: int, both: int) -> dict[str, Any]:
-    """The comparison of two results, where so many images are right in only one of them, or in both."""
+    """The comparison of two results that have so many images right in only one of them, or in both."""
     labels = np.zeros(only_a + only_b + both, int)
     a, b = labels.copy(), labels.copy()
     a[:only_b] = 1
@@ -93,7 +93,7 @@ def test_revisions_experiments_and_runs_of_the_same_results_compare_alike(two_re
     assert found[0]["mcnemar"]["images"] == TEST_SIZE
 
 
-def test_a_result_is_no_different_from_itself(two_results: Project) -> None:
+def test_a_result_does_not_differ_from_itself(two_results: Project) -> None:
     shown = run(two_results, "main", "HEAD").stdout
     assert "There is no evidence of a difference between HEAD and main (p = 1.0000)" in shown
     assert "params that differ" not in shown
@@ -108,7 +108,7 @@ def test_tables_and_markdown_name_params_metrics_and_classes(two_results: Projec
 
 
 @pytest.mark.parametrize("name", ["nothing-of-that-name", "0" * 32])
-def test_what_is_not_there_is_said_in_one_line(two_results: Project, name: str) -> None:
+def test_a_missing_result_is_reported_in_one_line(two_results: Project, name: str) -> None:
     failed = run(two_results, "main", name, check=False)
     assert failed.returncode == 1
     (line,) = failed.stderr.splitlines()
@@ -151,7 +151,7 @@ def test_code_that_was_committed_but_not_run_is_refused(two_results: Project, tm
         assert line.endswith("; `dvc repro`, then commit dvc.lock")
 
 
-def test_params_or_a_model_that_no_result_is_of_are_not_compared(two_results: Project, tmp_path: Path) -> None:
+def test_results_of_other_params_or_another_model_are_not_compared(two_results: Project, tmp_path: Path) -> None:
     project = copy(two_results, tmp_path)
     project.set("train.lr", 0.02)
     failed = run(project, "main", "workspace", check=False)

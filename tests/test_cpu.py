@@ -1,4 +1,4 @@
-"""The bits are those that the params say, whatever the environment says; cores are those that the process may use."""
+"""The params decide the bits, whatever the environment says; cores are those that the process may use."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ OTHERS = {
 
 @pytest.fixture
 def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment in place of the process's, in a folder that has params.yaml."""
+    """A replacement of the process's environment, in a folder that has params.yaml."""
     (tmp_path / "params.yaml").write_text(PARAMS)
     monkeypatch.chdir(tmp_path)
     values: dict[str, str] = {}
@@ -35,7 +35,7 @@ def set_bits(bits: str) -> None:
 
 @pytest.mark.parametrize("section", ["train", "evaluate"])
 @pytest.mark.parametrize(("bits", "expected"), [("portable", cpu.PORTABLE), ("native", {})])
-def test_the_param_wins_over_the_environment_with_a_line_for_each_variable(
+def test_the_param_overrules_the_environment_with_a_warning_for_each_variable(
     bits: str, expected: dict[str, str], section: str, env: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_bits(bits)
@@ -52,7 +52,7 @@ def test_the_param_wins_over_the_environment_with_a_line_for_each_variable(
     )
 
 
-def test_a_cpu_that_cannot_give_portable_bits_is_left_its_own_with_a_line(
+def test_a_cpu_that_cannot_give_portable_bits_gets_a_warning(
     env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cpu, "has_avx2", lambda: False)
@@ -126,7 +126,7 @@ def test_more_threads_than_cores_give_the_bits_that_they_give_on_more_cores(proj
 def test_cores_are_those_of_the_affinity_and_the_quota_of_a_container(
     limits: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.cpu.ALLOWED", set())  # what an earlier test left
+    monkeypatch.setattr("stages.cpu.ALLOWED", set())  # a leftover of an earlier test
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(100, 164)), raising=False)
     (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/a/b\n")
     (tmp_path / "a/b").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What DVCLive writes, the real one, is recorded without code: live, by sync, and of its experiments."""
+"""What the real DVCLive writes is recorded without code: live, by sync, and from its experiments."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ stages:
 
 
 class Live:
-    """A project with DVCLive whose dvc.yaml has a stage alone: DVCLive adds metrics, plots and artifacts to it."""
+    """A project with DVCLive whose dvc.yaml has only a stage: DVCLive adds metrics, plots and artifacts to it."""
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder = folder / "project"
@@ -91,7 +91,7 @@ def test_sync_shows_its_metrics_and_curves(synced: Live) -> None:
     assert "agree" in synced.run("dvc-mlflow", "audit", "--all")
 
 
-def test_its_experiments_have_rows_of_their_own_those_that_dvclive_saved_itself_too(synced: Live) -> None:
+def test_experiments_that_dvclive_saved_itself_have_rows(synced: Live) -> None:
     names = synced.run("dvc", "exp", "list", "--name-only").split()
     runs = {name: run for run in synced.runs() if (name := run.data.tags.get("dvc.exp_name"))}
     assert len(names) == 2 and {*runs} == {*names}

@@ -74,7 +74,7 @@ def test_the_calibration_error_is_that_of_an_independent_computation() -> None:
     assert ece(bin_confidence(labels, certain)) == 0
 
 
-def test_the_most_confident_mistakes_are_those_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_shows_the_most_confident_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (200, 28, 28), dtype=np.uint8)
     probabilities = rng.dirichlet(np.ones(10), 200).astype(np.float32)
@@ -93,8 +93,8 @@ def test_the_most_confident_mistakes_are_those_shown(monkeypatch: pytest.MonkeyP
         assert (canvas[row * 41 : row * 41 + 28, left : left + 28] == images[wrong[number]]).all()
 
 
-def test_figures_are_drawn_where_there_is_little_to_show(tmp_path: Path) -> None:
-    """A perfect model, of which one class has no image: no mistakes, empty bins."""
+def test_figures_are_drawn_if_there_is_little_to_show(tmp_path: Path) -> None:
+    """A perfect model, and a class without images: no mistakes, empty bins."""
     labels = np.array([0, 1, 1, 2], np.uint8)
     probabilities = np.eye(10, dtype=np.float32)[labels]
     classes = [f"class {label}" for label in range(10)]

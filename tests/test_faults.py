@@ -1,4 +1,4 @@
-"""Faults of the world end in a clear line, tear nothing, and leave a retry the very bytes that were to be."""
+"""Failures of the environment end in a clear line and damage nothing, and a retry makes the expected bytes."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ DENIED = "Permission denied"
 
 
 def is_whole(project: Project, reference: Project) -> bool:
-    """Whether each out is the reference's or not there, dvc.lock is as DVC writes it, and no temporary file is left.
+    """Whether each out is the reference's or missing, dvc.lock is as DVC writes it, and no temporary file is left.
 
     DVC's own temporary files, in its cache, do not count.
     """
@@ -56,7 +56,7 @@ def audit(project: Project) -> list[str]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a file system of its own."""
+    """A folder with its own file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
@@ -67,7 +67,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def leave(kibibytes: int, disk: Path) -> None:
-    """Make the disk as large as what is on it and this much more."""
+    """Make the disk as large as its contents plus this much."""
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
     state = os.statvfs(disk)
@@ -80,7 +80,7 @@ def elsewhere(project: Project, name: str, folder: Path) -> None:
     (project.folder / name).symlink_to(folder / name)
 
 
-# Room in KiB, where it ends, and what says so. The data are 628 KiB, train's outs 230, a checkpoint 540.
+# Room in KiB, what fills it, and the message. The data are 628 KiB, train's outs 230, a checkpoint 540.
 FULL = [
     (300, f"error: cannot write data/fashion-mnist/train.safetensors: {NO_SPACE}"),
     (900, rf"ERROR: failed to transfer .* {NO_SPACE}.*\.dvc/cache"),
@@ -90,7 +90,7 @@ FULL = [
 ]
 
 
-def test_a_full_disk_tears_no_file_and_with_more_room_the_same_bytes_come_out(
+def test_a_full_disk_damages_no_file_and_a_retry_with_room_makes_the_same_bytes(
     finished_project: Project, small_disk: Path, tmp_path: Path, stress: bool, record_property: Record
 ) -> None:
     project = copy(finished_project, small_disk)
@@ -115,7 +115,7 @@ def test_a_full_disk_tears_no_file_and_with_more_room_the_same_bytes_come_out(
 
     for path in Pipeline(project.folder).outs("train"):
         (project.folder / path).unlink()
-    leave(100, small_disk)  # too little for what the stage makes, and for what it puts back then
+    leave(100, small_disk)  # too little for what the stage makes, and for what it then restores
     result = project.dvc("repro", "--force", "--single-item", "train", check=False)
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("the former outs were not restored (")]
@@ -152,7 +152,7 @@ def test_a_full_disk_below_mlflow_costs_a_warning_and_sync_completes_the_record(
 
 @pytest.fixture
 def bound_by_permissions(tmp_path: Path) -> list[str]:
-    """What to put before a command so that permission bits bind it; for root, to give up its capabilities."""
+    """A prefix that makes permission bits bind a command: for root, one that gives up its capabilities."""
     prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o555)
@@ -162,7 +162,7 @@ def bound_by_permissions(tmp_path: Path) -> list[str]:
     return prefix
 
 
-# A stage, what becomes read-only, and the line that says so; "warning" where the stage does its work all the same.
+# A stage, what becomes read-only, and the message; "warning" if the stage succeeds nevertheless.
 READ_ONLY = [
     ("fetch", "data/fashion-mnist", f"error: cannot write data/fashion-mnist/train.safetensors: {DENIED}"),
     ("evaluate", ".dvc/cache", rf"ERROR: failed to reproduce 'evaluate': .*{DENIED}"),
@@ -177,7 +177,7 @@ MORE_READ_ONLY = [
 ]
 
 
-def test_what_is_read_only_is_named_and_once_it_is_not_the_same_bytes_come_out(
+def test_a_read_only_folder_is_named_and_a_retry_makes_the_same_bytes(
     project: Project,
     finished_project: Project,
     bound_by_permissions: list[str],
@@ -214,7 +214,7 @@ def test_what_is_read_only_is_named_and_once_it_is_not_the_same_bytes_come_out(
 
 @pytest.fixture
 def jumping_clock(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Variables for programs whose clock jumps by hours, forward and backward, all the time."""
+    """Variables that make a program's clock jump by hours, forward and backward, all the time."""
     libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not libraries:
         pytest.skip("libfaketime is not installed (Debian: apt-get install faketime)")
@@ -228,7 +228,7 @@ def jumping_clock(tmp_path: Path) -> Iterator[dict[str, str]]:
             (tmp_path / "next").write_text(f"{hours:+d}h")
             (tmp_path / "next").replace(offset)
 
-    # libfaketime's own sleep fails where it leaves the monotonic clock alone, which a real jump does as well.
+    # libfaketime's own sleep fails if it leaves the monotonic clock alone, as a real jump does.
     (tmp_path / "sitecustomize.py").write_text(
         "import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None\n"
     )
@@ -272,7 +272,7 @@ def test_a_clock_that_jumps_changes_no_byte_and_no_record(
 
 
 @pytest.mark.skipif(not psutil.LINUX, reason="Linux's /proc tells the time of the boot, which moves with the clock")
-def test_a_clock_that_jumps_does_not_make_a_living_process_another(
+def test_a_clock_that_jumps_does_not_make_a_live_process_look_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, created = process_tags(os.getpid()), psutil.Process().create_time()
@@ -284,7 +284,7 @@ def test_a_clock_that_jumps_does_not_make_a_living_process_another(
     assert process_tags(os.getpid()) == before
 
 
-def test_runs_of_a_clock_that_was_an_hour_ahead_end_after_their_start_and_mislead_nobody(project: Project) -> None:
+def test_runs_from_a_clock_that_was_an_hour_ahead_end_after_their_start(project: Project) -> None:
     store = Store(project)
     ahead = int(time.time() * 1000) + 3_600_000
 
@@ -325,7 +325,7 @@ DAMAGES = (flip, truncate, empty)
 
 
 def damage(file: Path, how: Callable[[bytes], bytes]) -> None:
-    """Damage a file of the cache, which stays read-only: so DVC believes that it is whole."""
+    """Damage a file in the cache, which stays read-only, so that DVC takes it for whole."""
     content = file.read_bytes()
     file.chmod(0o644)
     file.write_bytes(how(content))
@@ -338,7 +338,7 @@ def follow(project: Project, line: str) -> None:
         project.run("sh", "-c", command)
 
 
-def test_audit_names_what_rotted_a_stage_refuses_it_and_their_commands_bring_the_bytes_back(
+def test_damage_in_the_cache_is_named_with_commands_that_repair_it(
     project: Project,
     finished_project: Project,
     monkeypatch: pytest.MonkeyPatch,
@@ -352,7 +352,7 @@ def test_audit_names_what_rotted_a_stage_refuses_it_and_their_commands_bring_the
             damage(cached(project, path), how)
         lines = list(audit_files(DVCProject(project.folder)))
         assert lines == [f"{path}: DVC's copy is damaged; `rm -f {cached(project, path)}`" for path in paths]
-        # DVC does not read what it takes from its cache: it puts the damaged model into the workspace.
+        # DVC does not read what it takes from its cache, so it puts the damaged model into the workspace.
         (project.folder / "models/lenet.safetensors").unlink()
         project.set("evaluate.batch_size", 50)
         result = project.dvc("repro", check=False)
@@ -369,7 +369,7 @@ def test_audit_names_what_rotted_a_stage_refuses_it_and_their_commands_bring_the
     record_property("faults injected", len(hows) * len(paths))
 
 
-def test_what_a_failed_stage_puts_back_is_whole_or_not_put_back(
+def test_a_failed_stage_restores_whole_outs_only(
     project: Project, finished_project: Project, record_property: Record
 ) -> None:
     stage = Pipeline(project.folder).stages["train"]
@@ -393,7 +393,7 @@ def test_what_a_failed_stage_puts_back_is_whole_or_not_put_back(
 # Two at once
 
 
-def test_a_second_repro_at_once_is_told_so_and_harms_nothing(
+def test_a_second_repro_at_once_is_refused_and_harms_nothing(
     project: Project, finished_project: Project, record_property: Record
 ) -> None:
     results: list[subprocess.CompletedProcess[str]] = []
@@ -417,7 +417,7 @@ def test_a_second_repro_at_once_is_told_so_and_harms_nothing(
     record_property("faults injected", 1)
 
 
-def test_projects_that_train_at_once_on_one_new_store_are_all_recorded_whole(
+def test_trainings_at_once_on_one_new_store_are_all_recorded(
     finished_project: Project, tmp_path: Path, stress: bool, record_property: Record
 ) -> None:
     count = 4 if stress else 2
@@ -449,11 +449,11 @@ def test_projects_that_train_at_once_on_one_new_store_are_all_recorded_whole(
     record_property("faults injected", count)
 
 
-# Files that were merged badly
+# Files with merge conflicts
 
 
 def merge(text: str, key: str) -> str:
-    """The text with git's marks of a conflict around the first line that has the key."""
+    """The text with git's conflict markers around the first line that has the key."""
     before, line, after = re.split(rf"(.*{key}.*\n)", text, maxsplit=1)
     return f"{before}<<<<<<< HEAD\n{line}=======\n{line}>>>>>>> other\n{after}"
 
@@ -475,7 +475,7 @@ CURES = {
 
 
 @pytest.mark.parametrize(("name", "change", "expected"), MERGES.values(), ids=MERGES.keys())
-def test_a_file_that_was_merged_badly_is_named_with_its_cure(
+def test_a_file_with_a_merge_conflict_is_named_with_its_cure(
     name: str, change: Callable[[str], str], expected: str, finished_project: Project, tmp_path: Path
 ) -> None:
     for file in CURES:
@@ -491,7 +491,7 @@ def test_a_file_that_was_merged_badly_is_named_with_its_cure(
     assert str(raised.value).endswith(CURES[name])
 
 
-def test_audit_sync_and_the_recorder_name_a_bad_merge_and_the_cure_cures(
+def test_audit_sync_and_the_recorder_name_a_merge_conflict_and_a_cure_that_works(
     project: Project, finished_project: Project, record_property: Record
 ) -> None:
     lock = project.folder / "dvc.lock"
@@ -517,7 +517,7 @@ def test_audit_sync_and_the_recorder_name_a_bad_merge_and_the_cure_cures(
     record_property("faults injected", 1 + len(MERGES))
 
 
-def test_params_that_were_merged_badly_are_named_and_nothing_is_lost(
+def test_params_with_a_merge_conflict_are_named_and_nothing_is_lost(
     project: Project, finished_project: Project, record_property: Record
 ) -> None:
     params = project.folder / "params.yaml"

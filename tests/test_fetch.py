@@ -1,4 +1,4 @@
-"""fetch takes each source in turn, believes none, and says what was wrong with each."""
+"""fetch tries each source in turn, trusts none, and reports what was wrong with each."""
 
 import contextlib
 import gzip
@@ -47,14 +47,14 @@ def params(tiny_files: dict[str, bytes], mirror: str, tmp_path: Path, monkeypatc
 
 
 class Fetched(NamedTuple):
-    source: str  # as the one line on standard output names it
+    source: str  # its name in the one line on standard output
     contents: dict[str, bytes]
     errors: str  # standard error
 
 
 @pytest.fixture
 def fetched(capsys: pytest.CaptureFixture[str]) -> Callable[[Fetch], Fetched]:
-    """Call fetch, which must say in one line where it has the data set from."""
+    """Call fetch, which must print one line with the source of the data set."""
 
     def call(params: Fetch) -> Fetched:
         contents = fetch.fetch(params)
@@ -77,9 +77,9 @@ Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 @pytest.fixture
 def bad_mirror() -> Iterator[Callable[[Answer], str]]:
-    """Start a server that answers every request with the function it is given; return its address.
+    """Start a server that answers every request by a function; return its address.
 
-    The function may go on until the other side hangs up.
+    The function may continue until the client hangs up.
     """
     servers = []
 
@@ -114,7 +114,7 @@ def respond(body: bytes, length: int | None = None, status: int = 200) -> Answer
 
 
 def say(text: bytes, again: bytes = b"", pause: float = 0.0) -> Answer:
-    """Send a text as it is, and then another one for ever."""
+    """Send one text, and then another one for ever."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         request.wfile.write(text)
@@ -126,7 +126,7 @@ def say(text: bytes, again: bytes = b"", pause: float = 0.0) -> Answer:
 
 
 def stall(request: http.server.BaseHTTPRequestHandler) -> None:
-    request.connection.recv(1)  # the other side's hanging up
+    request.connection.recv(1)  # the client hung up
 
 
 def reset(request: http.server.BaseHTTPRequestHandler) -> None:
@@ -270,7 +270,7 @@ def test_a_wrong_answer_is_reported_and_the_next_source_tried(
         "nothing",
     ],
 )
-def test_a_mirror_that_is_slow_or_has_no_end_costs_little_time_and_memory(
+def test_a_slow_or_endless_mirror_costs_little_time_and_memory(
     answer: Answer,
     reason: str,
     params: Fetch,
@@ -314,7 +314,7 @@ def serve(params: Fetch, tiny_files: dict[str, bytes], header: bytes, pieces: in
 
 
 @pytest.mark.parametrize("header", [b"", b"Transfer-Encoding: chunked\r\n", b"Content-Encoding: gzip\r\n"])
-def test_a_mirror_need_not_say_how_long_a_file_is_nor_that_it_is_no_encoding(
+def test_a_mirror_may_omit_the_length_and_declare_an_encoding(
     header: bytes,
     params: Fetch,
     tiny_files: dict[str, bytes],
@@ -325,7 +325,7 @@ def test_a_mirror_need_not_say_how_long_a_file_is_nor_that_it_is_no_encoding(
     assert fetched(params.model_copy(update={"mirrors": [url]}))[:2] == (url, tiny_files)
 
 
-def test_a_mirror_may_send_one_elsewhere(
+def test_a_mirror_may_redirect(
     params: Fetch,
     tiny_files: dict[str, bytes],
     mirror: str,
@@ -339,7 +339,7 @@ def test_a_mirror_may_send_one_elsewhere(
     assert fetched(params.model_copy(update={"mirrors": [url]}))[:2] == (url, tiny_files)
 
 
-def test_a_mirror_that_is_slow_and_keeps_the_lowest_rate_serves(
+def test_a_mirror_at_the_lowest_rate_serves(
     params: Fetch,
     tiny_files: dict[str, bytes],
     bad_mirror: Callable[[Answer], str],
@@ -376,7 +376,7 @@ def test_a_failure_leaves_nothing_behind_and_the_next_try_works(
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "long"])
-def test_what_is_no_gzip_file_of_a_fit_size_is_not_read(
+def test_a_folder_a_pipe_or_an_excessive_file_is_not_read(
     kind: str,
     params: Fetch,
     tiny_files: dict[str, bytes],
@@ -389,7 +389,7 @@ def test_what_is_no_gzip_file_of_a_fit_size_is_not_read(
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
-        os.mkfifo(path)  # to open it would wait for a writer
+        os.mkfifo(path)  # opening it would wait for a writer
     else:
         path.touch()
         os.truncate(path, 1 << 40)
@@ -405,7 +405,7 @@ def test_other_content_is_refused_by_its_checksum(params: Fetch, tiny_files: dic
 
 
 @pytest.mark.usefixtures("no_apt")
-def test_when_all_fail_each_source_and_its_reason_is_listed(
+def test_if_all_sources_fail_each_is_listed_with_its_reason(
     params: Fetch, bad_mirror: Callable[[Answer], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path / "nowhere"))
@@ -425,7 +425,7 @@ def test_when_all_fail_each_source_and_its_reason_is_listed(
 
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="apt-get is Debian's")
 def test_debian_s_package_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real package and the real data: the one test that needs a network, to Debian's packages."""
+    """The real package and the real data: the only test that needs a network, for Debian's packages."""
     monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
     params = read_params(ROOT / "params.yaml").fetch.model_copy(update={"mirrors": []})
     *_, (name, read) = fetch.sources(params)

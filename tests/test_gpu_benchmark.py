@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py does all its steps where there is no GPU, DVC or MLflow, except what only a GPU can."""
+"""benchmarks/gpu.py runs all its steps without a GPU, DVC or MLflow, except what only a GPU can do."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ ABSENT = ("dvc", "mlflow", "pydantic", "pandas", "pyarrow", "matplotlib", "torch
 
 
 def measure(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it where only what a machine with a GPU may have can be imported."""
+    """Run it with only those packages importable that a machine with a GPU has."""
     (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
     write_dataset(folder / "data.safetensors", make_dataset(300))
     data = [word for part in ("train", "test") for word in (f"--{part}", str(folder / "data.safetensors"))]

@@ -1,4 +1,4 @@
-"""`dvc-mlflow sync --all`: each execution of all commits and experiments has one row, as of the first that has it."""
+"""`dvc-mlflow sync --all`: each execution of all commits and experiments has one row, with the date of the first."""
 
 import shutil
 import signal
@@ -60,7 +60,7 @@ class Repository:
         return list(self.client.search_runs(experiments)) if experiments else []
 
     def stages(self) -> Counter[str]:
-        """How many finished runs each stage has; there are no others, and no two of one execution and experiment."""
+        """The number of finished runs of each stage; there must be no others, and no duplicates."""
         runs = self.runs()
         assert {run.info.status for run in runs} <= {"FINISHED"}
         executions = [(run.data.tags["dvc.execution"], run.data.tags.get("dvc.exp_name")) for run in runs]
@@ -78,7 +78,7 @@ def of_each(number: int) -> Counter[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """The repository in which nothing is recorded. Not to be changed: copy it."""
+    """The repository, with nothing recorded. Copy it before you change it."""
     folder = tmp_path_factory.mktemp("made") / "project"
     make_history(folder, COMMITS, EXPERIMENTS)
     return Repository(folder)
@@ -86,7 +86,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 @pytest.fixture(scope="module")
 def synced(made: Repository, tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """The repository after `dvc-mlflow sync --all`. Not to be changed."""
+    """The repository after `dvc-mlflow sync --all`. Read-only."""
     repository = made.copy(tmp_path_factory.mktemp("synced"))
     line = f"{COMMITS} commits and {EXPERIMENTS} experiments: {3 * (COMMITS + EXPERIMENTS)} executions recorded"
     assert line in repository.sync()
@@ -95,11 +95,11 @@ def synced(made: Repository, tmp_path_factory: pytest.TempPathFactory) -> Reposi
 
 @pytest.fixture
 def repository(made: Repository, tmp_path: Path) -> Repository:
-    """A copy of the repository, to be changed."""
+    """A copy of the repository, free to change."""
     return made.copy(tmp_path)
 
 
-def test_the_generated_history_is_one_that_dvc_would_have_made(made: Repository) -> None:
+def test_the_generated_history_equals_what_dvc_would_have_made(made: Repository) -> None:
     assert "up to date" in made.run("dvc", "status")
     assert "didn't change" in made.run("dvc", "repro", "--dry")
     names = made.run("dvc", "exp", "list", "--name-only").split()
@@ -123,7 +123,7 @@ def test_a_row_has_the_time_author_and_hash_of_its_commit(synced: Repository) ->
             assert f"{run.data.tags['commit']} {run.data.tags['git.author']}" == lines[number - 1]
 
 
-def test_a_row_has_the_params_metrics_curves_and_parent_of_its_time(synced: Repository) -> None:
+def test_a_row_has_the_params_metrics_curves_and_parent_of_its_commit(synced: Repository) -> None:
     trained = {run.info.run_id: run for run in synced.runs() if run.data.tags["stage"] == "train"}
     for run in trained.values():
         number = int(run.data.params["train.rate"])
@@ -152,7 +152,7 @@ def test_audit_agrees_and_a_second_time_changes_nothing(synced: Repository) -> N
     assert "agree" in synced.run("dvc-mlflow", "audit", "--all")
 
 
-def test_some_revisions_are_recorded_as_of_the_first_commit_that_has_them(repository: Repository) -> None:
+def test_chosen_revisions_are_dated_to_the_first_commit_that_has_them(repository: Repository) -> None:
     third = repository.run("git", "rev-parse", "HEAD~3").strip()
     repository.run("git", "checkout", "-q", "-b", "later", third)
     repository.write("README", "Nothing of the pipeline")
@@ -168,7 +168,7 @@ def test_some_revisions_are_recorded_as_of_the_first_commit_that_has_them(reposi
 
 
 def test_branches_tags_remote_branches_merges_and_a_detached_head_are_seen(repository: Repository) -> None:
-    # The tips of commits 2, 3, 4 and 5 are a tag, a remote branch, a merged branch and a detached HEAD.
+    # Commits 2, 3, 4 and 5 belong to a tag, a remote branch, a merged branch and a detached HEAD.
     revs = [repository.run("git", "rev-parse", f"HEAD~{back}").strip() for back in (4, 3, 2, 1)]
     tag, remote, merged, head = revs
     repository.run("git", "tag", "-m", "annotated", "v1", tag)
@@ -191,7 +191,7 @@ def test_an_experiment_that_is_committed_later_has_no_second_row(repository: Rep
     repository.run("dvc-mlflow", "audit")
 
 
-def test_damaged_files_of_some_commits_are_named_and_cost_only_these(repository: Repository) -> None:
+def test_commits_with_damaged_files_are_named_and_the_others_recorded(repository: Repository) -> None:
     text = {name: (repository.folder / name).read_text() for name in ("dvc.yaml", "dvc.lock")}
     repository.write("dvc.yaml", "stages: [")
     damaged = [repository.commit()]
@@ -207,7 +207,7 @@ def test_damaged_files_of_some_commits_are_named_and_cost_only_these(repository:
     assert repository.stages() == of_each(COMMITS + EXPERIMENTS)
 
 
-def test_a_shallow_clone_is_named_and_gets_what_it_has(repository: Repository, tmp_path: Path) -> None:
+def test_a_shallow_clone_is_recorded_with_a_note(repository: Repository, tmp_path: Path) -> None:
     shallow = Repository(tmp_path / "shallow")
     repository.run("git", "clone", "-q", "--depth", "2", f"file://{repository.folder}", str(shallow.folder))
     shallow.run("dvc", "cache", "dir", "--local", str(repository.folder / ".dvc/cache"))
@@ -220,7 +220,7 @@ def test_a_shallow_clone_is_named_and_gets_what_it_has(repository: Repository, t
     assert shallow.stages() == of_each(COMMITS)
 
 
-def test_git_has_what_the_cache_has_not_and_the_remote_has_the_rest(repository: Repository, tmp_path: Path) -> None:
+def test_bytes_come_from_git_and_the_remote_if_the_cache_is_empty(repository: Repository, tmp_path: Path) -> None:
     repository.run("dvc", "remote", "add", "-q", "--default", "there", str(tmp_path / "remote"))
     shutil.copytree(repository.folder / ".dvc/cache", tmp_path / "remote")
     shutil.rmtree(repository.folder / ".dvc/cache")
@@ -232,7 +232,7 @@ def test_git_has_what_the_cache_has_not_and_the_remote_has_the_rest(repository: 
     assert f"train: not recorded: {reason}" in output and f"and {number - 3} more)" in output
     assert f"{number} executions recorded, 0 before, {2 * number} cannot be" in output
     assert repository.stages() == {"prepare": number}
-    repository.sync("--all", "--fetch", code=None)  # the workspace is not as dvc.lock says
+    repository.sync("--all", "--fetch", code=None)  # the workspace differs from dvc.lock
     assert repository.stages() == of_each(number)
     assert not any((repository.folder / name).exists() for name in ("data.csv", "model.bin", "history.csv"))
     assert [*(repository.folder / ".dvc/cache").rglob("*")]
@@ -259,7 +259,7 @@ def test_a_metrics_file_that_was_committed_later_is_found_there(repository: Repo
     assert [run.data.tags["stage"] for run in repository.runs() if run.data.tags["commit"] == later] == ["evaluate"]
 
 
-def test_a_commit_whose_code_is_not_what_ran_is_not_named_as_its_source(repository: Repository) -> None:
+def test_a_commit_with_other_code_than_ran_is_not_named_as_the_source(repository: Repository) -> None:
     repository.run("git", "checkout", "-q", "-b", "other", "HEAD~1")
     repository.run("dvc", "checkout", "-q", "--force")
     repository.write("params.yaml", "prepare:\n  rows: 77\ntrain:\n  rate: 77\n")
@@ -275,20 +275,20 @@ def test_a_commit_whose_code_is_not_what_ran_is_not_named_as_its_source(reposito
     assert sources == {"prepare": changed, "train": None, "evaluate": None}
 
 
-def test_what_came_before_must_be_shown_in_each_commit(repository: Repository) -> None:
+def test_each_commit_must_prove_what_came_before(repository: Repository) -> None:
     repository.run("git", "checkout", "-q", "-b", "other")
     repository.write("params.yaml", "prepare:\n  rows: 77\ntrain:\n  rate: 77\n")
     repository.run("dvc", "repro", "-q", "train")
     repository.commit("Evaluated later")
     repository.sync()
-    # The evaluation of the former model is in the lock still; it was recorded where its model was.
+    # The lock still has the evaluation of the former model, which was recorded with that model.
     assert Counter(run.data.tags["stage"] for run in repository.runs()) == of_each(COMMITS + EXPERIMENTS) + Counter(
         ("prepare", "train")
     )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_sync_goes_on(repository: Repository, number: signal.Signals) -> None:
+def test_an_interrupted_sync_continues(repository: Repository, number: signal.Signals) -> None:
     process = subprocess.Popen(
         ["dvc-mlflow", "sync", "--all"],
         cwd=repository.folder,
@@ -309,7 +309,7 @@ def test_an_interrupted_sync_goes_on(repository: Repository, number: signal.Sign
     repository.run("dvc-mlflow", "audit", "--all")
 
 
-def test_two_at_once_make_one_row_of_each_execution(repository: Repository) -> None:
+def test_two_syncs_at_once_make_one_row_of_each_execution(repository: Repository) -> None:
     both = [
         subprocess.Popen(
             ["dvc-mlflow", "sync", "--all"],
@@ -338,7 +338,7 @@ def test_a_project_in_a_submodule_has_its_own_history(repository: Repository, tm
     assert inner.stages() == of_each(COMMITS)
 
 
-def test_a_project_in_a_subfolder_that_came_later(tmp_path: Path) -> None:
+def test_a_project_in_a_subfolder_that_came_later_is_recorded(tmp_path: Path) -> None:
     outer = Repository(tmp_path / "outer")
     outer.folder.mkdir()
     outer.run("git", "init", "-q")
@@ -360,7 +360,7 @@ def test_a_project_in_a_subfolder_that_came_later(tmp_path: Path) -> None:
     assert sorted(run.data.params["n"] for run in inner.runs()) == ["1", "2"]
 
 
-def test_a_folder_without_git_or_commits_is_no_defect(tmp_path: Path) -> None:
+def test_a_folder_without_git_or_commits_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = Repository(tmp_path)
     folder.run("dvc", "init", "-q", "--no-scm")
     assert "error: expected a git repository, found none" in folder.sync(code=1)
@@ -379,5 +379,5 @@ def test_a_long_history_is_quick(tmp_path: Path, stress: bool, record_property: 
     repository.sync()
     seconds = time.monotonic() - began
     assert repository.stages() == of_each(commits)
-    assert not stress or seconds < 60  # the long form is for a machine with nothing else at work
+    assert not stress or seconds < 60  # the long form is for a machine that runs nothing else
     record_property("seconds for a long history", round(seconds))

@@ -1,4 +1,4 @@
-"""`dvc-mlflow init` shows what a dvc.yaml could declare, and writes it when asked."""
+"""`dvc-mlflow init` shows what a dvc.yaml could declare, and writes it on request."""
 
 import subprocess
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_the_diff_is_printed_and_nothing_is_written(folder: Path) -> None:
     assert not (folder / "mlflow.db").exists()
 
 
-def test_what_is_applied_keeps_comments_runs_no_stage_again_and_is_shown(folder: Path) -> None:
+def test_the_applied_diff_keeps_comments_and_reruns_no_stage(folder: Path) -> None:
     run(folder, "dvc-mlflow", "init", "--apply")
     assert (folder / "dvc.yaml").read_text() == APPLIED
     assert "up to date" in run(folder, "dvc", "status")
@@ -114,7 +114,7 @@ def test_what_is_applied_keeps_comments_runs_no_stage_again_and_is_shown(folder:
     assert run(folder, "dvc-mlflow", "init") == "dvc.yaml already declares everything that init looks for\n"
 
 
-def test_live_puts_the_launcher_in_front_of_commands_that_are_of_no_shell(folder: Path) -> None:
+def test_live_prefixes_the_commands_that_need_no_shell(folder: Path) -> None:
     printed = run(folder, "dvc-mlflow", "init", "--live", "--apply")
     expected = "`sh look.sh | tail -n 1 > best.txt` uses shell syntax; add `dvc-mlflow run` by hand"
     assert f"dvc.yaml: {expected}" in printed

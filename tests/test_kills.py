@@ -1,4 +1,4 @@
-"""Stages that are killed at any moment lose nothing: the next `dvc repro` ends as if nothing had been."""
+"""Stages may be killed at any moment: the next `dvc repro` ends as if nothing had happened."""
 
 import contextlib
 import os
@@ -35,12 +35,12 @@ def only_the_launcher(dvc: psutil.Process, found: list[psutil.Process], number: 
 
 
 def the_foreground(dvc: psutil.Process, found: list[psutil.Process], number: signal.Signals) -> None:
-    """What a terminal does on Ctrl-C: DVC, its shell and the stage, but not the recorder."""
+    """As a terminal does on Ctrl-C: DVC, its shell and the stage, but not the recorder."""
     os.killpg(dvc.pid, number)
 
 
 def everything(dvc: psutil.Process, found: list[psutil.Process], number: signal.Signals) -> None:
-    """As a power cut does, the recorder included."""
+    """As a power cut does: everything, including the recorder."""
     for process in [dvc, *dvc.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
@@ -50,7 +50,7 @@ Whom = Callable[[psutil.Process, list[psutil.Process], signal.Signals], None]
 
 
 def kill(project: Project, stage: str, number: signal.Signals, whom: Whom, when: Callable[[Path], bool]) -> int:
-    """Run `dvc repro` and end this stage once `when` says so of the output; its process, 0 where it was over before."""
+    """Run `dvc repro`, and kill the stage once `when` accepts the output; return its process, 0 if it ended before."""
     output = project.folder / ".dvc" / "tmp" / "output.txt"
     output.parent.mkdir(exist_ok=True)
     with output.open("w") as file:
@@ -63,7 +63,7 @@ def kill(project: Project, stage: str, number: signal.Signals, whom: Whom, when:
             if found and when(output):
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                     whom(dvc, found, number)
-                    killed = found[0].pid  # the launcher's, which owns the run
+                    killed = found[0].pid  # the launcher's process, which owns the run
             time.sleep(0.01)
         process.wait(60)
     text = output.read_text()
@@ -85,7 +85,7 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 
 def after(seconds: float) -> Callable[[Path], bool]:
-    """Seconds from when it is first asked."""
+    """Seconds from the first call."""
     start: list[float] = []
 
     def when(output: Path) -> bool:
@@ -106,7 +106,7 @@ def count(project: Project, stage: str, status: str) -> int:
 
 
 def assert_as_if_nothing_had_been(project: Project, reference: dict[str, str], killed: set[int]) -> None:
-    """A process among the `killed` may have succeeded just before: then DVC, which could not know, ran it again."""
+    """A `killed` process may have succeeded just before: DVC, which could not know, then ran it again."""
     assert project.md5s() == reference
     assert {path: md5(project.folder / path) for path in reference} == reference
     assert not [path for path in project.folder.rglob("*.tmp") if ".git" not in path.parts]
@@ -124,14 +124,14 @@ def assert_as_if_nothing_had_been(project: Project, reference: dict[str, str], k
     assert project.command("audit", check=False).returncode == 0
 
 
-def test_a_project_whose_stages_are_killed_at_random_ends_as_one_that_was_left_in_peace(
+def test_a_project_whose_stages_are_killed_at_random_ends_like_one_that_was_left_alone(
     fresh_project: Project,
     finished_project: Project,
     stress: bool,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Each round: a new project is killed in each stage in turn, and then repro has its way."""
+    """Each round: a new project is killed in each stage in turn, then runs to its end."""
     kills, number = 0, 0
     while kills < (60 if stress else 2):
         rng, killed = random.Random(number), set[int]()
@@ -169,7 +169,7 @@ def with_buffers_and_random_numbers(project: Project) -> None:
 @pytest.mark.parametrize(
     ("whom", "network"), [(only_the_launcher, as_it_is), (everything, with_buffers_and_random_numbers)]
 )
-def test_train_goes_on_from_its_checkpoint_in_its_own_run(
+def test_train_continues_from_its_checkpoint_in_the_same_run(
     whom: Whom, network: Callable[[Project], None], project: Project
 ) -> None:
     network(project)
@@ -191,11 +191,11 @@ def test_train_goes_on_from_its_checkpoint_in_its_own_run(
     assert not list((project.folder / ".dvc" / "tmp" / "checkpoints").glob("*"))
 
     resumed = project.md5s()
-    assert project.repro("--force", "--single-item", "train") == ["train"]  # in one go
+    assert project.repro("--force", "--single-item", "train") == ["train"]  # without a kill
     assert project.md5s() == resumed
 
 
-def test_a_store_that_was_cut_off_while_it_was_made_is_made_again(new_project: Project) -> None:
+def test_a_store_whose_creation_was_cut_off_is_created_again(new_project: Project) -> None:
     code = "from pathlib import Path; from dvc_mlflow import project, store; store.Store(project.Project(Path.cwd()))"
     make = [sys.executable, "-c", code]
     process = subprocess.Popen(make, cwd=new_project.folder, env=environment())

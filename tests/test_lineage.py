@@ -17,11 +17,11 @@ def lineage(project: Project, *arguments: str, check: bool = True) -> subprocess
 
 @pytest.fixture(scope="module")
 def changed_project(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project after a second run, of a tree with a changed param and a new module, and a third."""
+    """The project after a second run, from a tree with a changed param and a new module, and a third."""
     project = copy(finished_project, tmp_path_factory.mktemp("changed"))
     project.set("train.lr", 0.02)
     (project.folder / "stages/extra.py").write_text("# not in git yet\n")
-    # What makes of a diff something that `git apply` does not take
+    # Settings that turn a diff into one that `git apply` refuses
     for key, value in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.external", "echo")):
         project.run("git", "config", key, value)
     project.repro()
@@ -74,7 +74,7 @@ def test_a_file_leads_to_the_runs_that_made_and_read_it(by: str, finished_projec
     ]
 
 
-def test_a_restore_that_differs_is_told(finished_project: Project, tmp_path: Path) -> None:
+def test_a_restore_that_differs_is_refused(finished_project: Project, tmp_path: Path) -> None:
     project = copy(finished_project, tmp_path)
     store = Store(project)
     run = store.run("train")
@@ -88,7 +88,7 @@ def test_a_restore_that_differs_is_told(finished_project: Project, tmp_path: Pat
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["0" * 32], ["params.yaml"], ["x", "--restore", "."]])
-def test_what_no_run_knows_is_refused_in_one_line(arguments: list[str], finished_project: Project) -> None:
+def test_an_unknown_target_is_refused_in_one_line(arguments: list[str], finished_project: Project) -> None:
     result = lineage(finished_project, *arguments, check=False)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Rules about the whole: what reruns when, what imports what, and that each tool's own commands work."""
+"""Rules about the whole project: what reruns when, what imports what, and that each tool's own commands work."""
 
 import ast
 import csv
@@ -18,7 +18,7 @@ from stages.stage import md5
 
 PARAMS = load_yaml(ROOT / "params.yaml")
 
-# In no stage's deps. params.py only checks what DVC tracks; serving.py is for MLflow.
+# Not in any stage's deps: params.py only checks what DVC tracks, serving.py is for MLflow.
 UNTRACKED = {"__init__", "params", "serving"}
 
 
@@ -72,7 +72,7 @@ def test_no_module_imports_a_stage_and_each_library_has_its_place(module: str) -
         assert not libraries & {"torch", "pandas", "matplotlib", "sklearn"}
 
 
-def test_paths_of_data_models_and_metrics_stand_in_dvc_yaml_alone() -> None:
+def test_only_dvc_yaml_has_the_paths_of_data_models_and_metrics() -> None:
     outs = {out for stage in STAGES for out in PIPELINE.outs(stage)}
     for module in MODULES:
         tree = ast.parse((ROOT / "stages" / f"{module}.py").read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def test_paths_of_data_models_and_metrics_stand_in_dvc_yaml_alone() -> None:
         assert not strings & outs
 
 
-def test_dvc_lock_is_of_this_code_and_these_params() -> None:
+def test_dvc_lock_matches_the_code_and_the_params() -> None:
     locked = load_yaml(ROOT / "dvc.lock")["stages"]
     for stage in STAGES:
         deps = {entry["path"]: entry["md5"] for entry in locked[stage]["deps"]}
@@ -92,7 +92,7 @@ def test_dvc_lock_is_of_this_code_and_these_params() -> None:
 
 
 def other(value: Any) -> Any:
-    """A value of the same type, but another."""
+    """Another value of the same type."""
     match value:
         case bool():
             return not value
@@ -122,7 +122,7 @@ def stale(status_project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 
 @pytest.mark.parametrize("key", flatten(PARAMS))
-def test_a_change_of_a_param_concerns_exactly_its_stage(
+def test_a_changed_param_reruns_exactly_its_stage(
     key: str, status_project: Project, stale: Callable[[], set[str]]
 ) -> None:
     path = status_project.folder / "params.yaml"
@@ -135,7 +135,7 @@ def test_a_change_of_a_param_concerns_exactly_its_stage(
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_change_of_a_code_file_concerns_exactly_the_stages_that_import_it(
+def test_a_changed_module_reruns_exactly_the_stages_that_import_it(
     module: str, status_project: Project, stale: Callable[[], set[str]]
 ) -> None:
     path = status_project.folder / "stages" / f"{module}.py"
@@ -147,12 +147,12 @@ def test_a_change_of_a_code_file_concerns_exactly_the_stages_that_import_it(
         path.write_bytes(original)
 
 
-def test_downstream_runs_exactly_where_its_inputs_change(project: Project, mirror: str) -> None:
+def test_a_stage_whose_inputs_stay_the_same_is_skipped(project: Project, mirror: str) -> None:
     """A chain of changes, each with the stages that it reruns."""
     project.set("fetch.mirrors", ["http://127.0.0.1:1/", mirror])
-    assert project.repro() == ["fetch"], "other mirrors, the same bytes"
+    assert project.repro() == ["fetch"], "other mirrors, same bytes"
     project.set("train.device", "cpu")
-    assert project.repro() == ["train"], "the device that was chosen anyway, the same bytes"
+    assert project.repro() == ["train"], "the device that auto chose, same bytes"
     project.set("evaluate.batch_size", 7)
     assert project.repro() == ["evaluate"]
 
@@ -175,7 +175,7 @@ def test_metrics_show_shows_the_metrics_files(finished_project: Project) -> None
 PICTURES = [Path(path).stem for stage in STAGES for path in PIPELINE.outs(stage, ["plots"])]
 
 
-def test_plots_show_and_plots_diff_render_all(two_results: Project) -> None:
+def test_plots_show_and_plots_diff_render_all_plots(two_results: Project) -> None:
     for arguments, sides in ((["show"], 1), (["diff", "HEAD", "workspace"], 2)):
         page = two_results.dvc("plots", *arguments, "--out", f"plots_{arguments[0]}").stdout.strip().splitlines()[-1]
         folder = Path(re.sub("^file://", "", page)).parent
@@ -235,7 +235,7 @@ def test_the_docs_name_every_make_target() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_links_to_is_there(page: Path) -> None:
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
         path = page.parent / target if target else page
         assert path.exists(), target
@@ -245,7 +245,7 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
             assert anchor in anchors, f"{target}#{anchor}"
 
 
-def test_the_tests_that_hold_a_promise_are_there() -> None:
+def test_the_tests_that_the_docs_name_exist() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     files, names = re.findall(r"tests/test_\w+\.py", DOCS), re.findall(r"`(test_\w+)…?`", DOCS)
     assert files

@@ -1,4 +1,4 @@
-"""The pipeline works in odd folders, for an ordinary user, without a home, a terminal or git, and after a move."""
+"""The pipeline works in odd folders, as an ordinary user, without a home, a terminal or git, and after a move."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ ODD = "pfad mit Leerzeichen äöü 100% %41#b"
 
 
 def as_ordinary_user() -> list[str]:
-    """What a command begins with to run without root's rights; root keeps its id, since only it may reach Python."""
+    """A prefix that takes root's rights from a command; it keeps root's id, since only root may reach Python."""
     if os.geteuid() != 0:
         return []
     if not shutil.which("setpriv"):
@@ -27,12 +27,12 @@ def as_ordinary_user() -> list[str]:
 
 
 def assert_plain(result: subprocess.CompletedProcess[str]) -> None:
-    """Nothing of a terminal is in the output: no colours, no progress bars, no carriage returns."""
+    """Assert that the output has no colours, progress bars or carriage returns."""
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]|%\|", result.stdout + result.stderr), result
 
 
 def places(project: Project) -> set[str]:
-    """The folders that MLflow's database names as places of artifacts, up to mlartifacts."""
+    """The locations of artifacts in MLflow's database, up to mlartifacts."""
     with contextlib.closing(sqlite3.connect(project.folder / "mlflow.db")) as database:
         found = database.execute(
             "SELECT artifact_uri FROM runs UNION SELECT artifact_location FROM logged_models UNION "
@@ -43,7 +43,7 @@ def places(project: Project) -> set[str]:
 
 
 def assert_opens(project: Project, picture: Path, *before: str) -> None:
-    """After the commands `before`, MLflow's record is whole and opens: every artifact, and the model."""
+    """Assert that after the commands `before`, MLflow's record is whole: every artifact, and the model."""
     predict = f"predict --model models:/fashion-mnist-lenet@champion '{picture}'"
     ends = project.commands(*before, "audit", predict)
     assert {end.returncode for end in ends.values()} == {0}, ends
@@ -51,9 +51,7 @@ def assert_opens(project: Project, picture: Path, *before: str) -> None:
     assert places(project) == {(project.folder / "mlartifacts").as_uri()}
 
 
-def test_an_odd_folder_an_ordinary_user_no_home_no_terminal_and_then_a_move_and_a_copy(
-    new_project: Project, tmp_path: Path
-) -> None:
+def test_the_pipeline_runs_anywhere_and_survives_a_move_and_a_copy(new_project: Project, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.new("L", (28, 28)).save(picture)
     project = Project(new_project.folder.rename(tmp_path / ODD))
@@ -68,7 +66,7 @@ def test_an_odd_folder_an_ordinary_user_no_home_no_terminal_and_then_a_move_and_
     assert "warning" not in result.stderr
     assert_plain(result)
     assert_opens(project, picture, "promote")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([ODD, picture.name]), "nothing beside it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([ODD, picture.name]), "nothing beside them"
 
     moved = Project(project.folder.rename(tmp_path / "umgezogen?"))
     assert_opens(moved, picture)
@@ -80,7 +78,7 @@ def test_an_odd_folder_an_ordinary_user_no_home_no_terminal_and_then_a_move_and_
     assert places(moved) == {(moved.folder / "mlartifacts").as_uri()}, "the original keeps its own"
 
 
-def test_what_a_store_has_elsewhere_stays_there_when_the_project_moves(project: Project, tmp_path: Path) -> None:
+def test_artifacts_elsewhere_stay_there_if_the_project_moves(project: Project, tmp_path: Path) -> None:
     elsewhere = (tmp_path / "project/mlartifacts-of-mine").as_uri()
     experiment_id = Store(project).client.create_experiment("mine", artifact_location=elsewhere)
     run = Store(project).client.create_run(experiment_id)
@@ -104,7 +102,7 @@ def test_a_git_worktree_has_a_store_of_its_own_and_shares_the_cache(project: Pro
 
 @pytest.fixture
 def without_git(tmp_path: Path) -> str:
-    """A PATH with the programs of the environment and the shell's, but no git."""
+    """A PATH with the environment's and the shell's programs, but without git."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("sh", "env", "make", "uname"):

@@ -1,4 +1,4 @@
-"""Pictures of any kind become what the model knows, and what is no picture is refused in one line."""
+"""A picture of any kind becomes an image that the model takes; anything else is refused in one line."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def table(finished_project: Project) -> pd.DataFrame:
     return pd.read_parquet(finished_project.folder / "metrics/predictions.parquet")
 
 
-def test_a_test_image_gets_what_evaluate_says_of_it(
+def test_a_test_image_gets_the_prediction_of_evaluate(
     finished_project: Project, image: Image.Image, table: pd.DataFrame, tmp_path: Path
 ) -> None:
     image.save(tmp_path / "first.png")
@@ -76,7 +76,7 @@ def test_every_size_keeps_its_proportions(size: tuple[int, int], tmp_path: Path)
         assert (bright.any(0).sum(), bright.any(1).sum()) == (14, 5)
 
 
-def test_what_is_transparent_is_paper(image: Image.Image, tmp_path: Path) -> None:
+def test_transparent_areas_are_white_paper(image: Image.Image, tmp_path: Path) -> None:
     drawing = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
     drawing.putalpha(image)  # black ink where the image is bright
     drawing.save(tmp_path / "drawing.png")
@@ -85,7 +85,7 @@ def test_what_is_transparent_is_paper(image: Image.Image, tmp_path: Path) -> Non
     assert np.abs(read.astype(int) - np.asarray(image)).max() <= 1
 
 
-def test_what_is_no_picture_is_refused_in_one_line(
+def test_a_file_that_is_no_picture_is_refused_in_one_line(
     finished_project: Project, image: Image.Image, tmp_path: Path
 ) -> None:
     image.resize((200, 200)).save(tmp_path / "whole.png")
@@ -113,7 +113,7 @@ def test_what_is_no_picture_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("model", ["models/none.safetensors", "models:/m-none", "params.yaml"])
-def test_a_model_that_is_not_there_is_said_in_one_line(
+def test_a_missing_model_is_reported_in_one_line(
     finished_project: Project, image: Image.Image, model: str, tmp_path: Path
 ) -> None:
     image.save(tmp_path / "first.png")

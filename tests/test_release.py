@@ -1,4 +1,4 @@
-"""The package as others get it: a wheel that is whole, and that records a pipeline where it is installed alone."""
+"""The package as others get it: a complete wheel, which records a pipeline if it is installed alone."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_the_wheel_has_the_package_its_licence_and_the_typed_marker_alone(wheel: Path) -> None:
+def test_the_wheel_has_only_the_package_its_licence_and_the_typed_marker(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())

@@ -1,4 +1,4 @@
-"""Replicates are real experiments, and their summary is of those that learned."""
+"""Replicates are real experiments; the summary covers those that learned."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_each_seed_is_an_experiment_that_runs_once_and_leaves_the_workspace_alon
     assert project.run("git", "status", "--porcelain").stdout == before
     listed = project.dvc("exp", "list", "--name-only").stdout.split()
     assert sorted(listed) == [f"{summary['name']}-0", f"{summary['name']}-1"]
-    assert re.fullmatch("pair-[0-9a-f]{8}", summary["name"]), "other params must not be taken for these"
+    assert re.fullmatch("pair-[0-9a-f]{8}", summary["name"]), "results of other params must not be reused"
     for seed in (0, 1):
         shown = json.loads(
             project.dvc("metrics", "diff", "--json", "--all", "HEAD", f"{summary['name']}-{seed}").stdout
@@ -38,7 +38,7 @@ def test_each_seed_is_an_experiment_that_runs_once_and_leaves_the_workspace_alon
     assert sorted(project.dvc("exp", "list", "--name-only").stdout.split()) == sorted(listed)
 
 
-def test_a_recipe_that_fails_is_said_with_dvc_s_reason(project: Project) -> None:
+def test_a_recipe_that_fails_is_reported_with_dvc_s_reason(project: Project) -> None:
     failed = project.command("replicate", "--seeds", "1", "-S", "train.lr=no", check=False)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr

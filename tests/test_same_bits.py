@@ -9,10 +9,10 @@ import sys
 import pytest
 from support.project import STAGES, Pipeline, Project
 
-# Of either maker, all with AVX2. The first of each list is also part of the short form.
+# CPUs of each maker, all with AVX2. The short form takes the first of each.
 CPUS = {"Intel": ["Haswell", "Broadwell", "Skylake-Client"], "AMD": ["EPYC", "EPYC-Rome"]}
 
-# One process for two stages: to import PyTorch is most of what an emulated one does.
+# One process for two stages: an emulated one spends most of its time on importing PyTorch.
 TWO_STAGES = """
 import shlex, sys
 from stages import cpu
@@ -35,7 +35,7 @@ def arguments(project: Project, stage: str) -> str:
 
 
 def turns(project: Project) -> str:
-    """A folder of its own for the locks of turns: an emulated training, which takes long, should hold up no other."""
+    """A separate folder for the locks of turns: an emulated training takes long, and should hold up no other."""
     return str(project.folder.parent)
 
 
@@ -47,7 +47,7 @@ def remove_outs(project: Project, *stages: str) -> None:
 
 @needs_qemu
 @pytest.mark.parametrize("maker", CPUS)
-def test_an_emulated_cpu_gives_the_bits_of_this_one(maker: str, project: Project, stress: bool) -> None:
+def test_an_emulated_cpu_gives_the_bits_of_the_real_one(maker: str, project: Project, stress: bool) -> None:
     expected = project.md5s()
     outs = [out for stage in ("train", "evaluate") for out in Pipeline(project.folder).outs(stage)]
     for model in CPUS[maker] if stress else CPUS[maker][:1]:

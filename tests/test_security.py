@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: nothing that is read or downloaded can run, and no secret or port leaks out."""
+"""The promises of SECURITY.md: nothing that is read or downloaded can run, and no secret or port is exposed."""
 
 import ast
 import base64
@@ -40,7 +40,7 @@ PARAMS_FILES = {key: file.model_dump() for key, file in read_params(ROOT / "para
 
 
 class Plant:
-    """A pickle of this creates a file, wherever it is loaded."""
+    """A pickle of this creates a file when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -51,7 +51,7 @@ class Plant:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """The file that exists when a planted pickle was loaded: it must not."""
+    """A file that exists only if a planted pickle was loaded."""
     path = tmp_path / "loaded"
     yield path
     assert not path.exists(), "a pickle was loaded"
@@ -67,7 +67,7 @@ def plant(marker: Path) -> bytes:
 
 
 def refusal(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line in which a command that fails says why."""
+    """The one line in which a failed command gives the reason."""
     assert result.returncode == 1, result
     assert "Traceback" not in result.stdout + result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -87,7 +87,9 @@ def test_stages_refuse_pickles_in_one_line(project: Project, plant: bytes) -> No
 
 def test_a_checkpoint_that_is_a_pickle_is_ignored_with_a_line(project: Project, plant: bytes) -> None:
     command = Pipeline(project.folder).stages["train"]["cmd"].split()
-    nowhere = [word.replace(MODEL, f"{MODEL}/x") for word in command]  # in a file, so that the training ends too early
+    nowhere = [
+        word.replace(MODEL, f"{MODEL}/x") for word in command
+    ]  # a file is in the way, so the training ends too early
     assert "cannot write" in refusal(project.run(*nowhere, check=False))
     (checkpoint,) = (project.folder / ".dvc/tmp/checkpoints").iterdir()
     checkpoint.write_bytes(plant)
@@ -311,7 +313,7 @@ LABELS = PARAMS_FILES["test_labels"]["name"]
 
 @pytest.fixture
 def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., fetch.DebianPackage]:
-    """Return the package with these members, as an apt-get that finds it here downloads it; `outside` is beside it."""
+    """A function that returns the package with these members, as apt-get downloads it; `outside` is beside it."""
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "apt-get").write_text(f"#!/bin/sh\nfor last; do :; done\ncp '{tmp_path}/x.deb' . && echo $last\n")
@@ -382,7 +384,7 @@ def test_every_line_of_the_lock_is_a_version_with_hashes() -> None:
 
 # No secret reaches a record or the terminal
 
-SECRET = "geheim" + "0f4b62c5"  # in two, so that this file, which is in the project, has it not
+SECRET = "geheim" + "0f4b62c5"  # in two parts, so that this file, which is in the project, does not contain it
 BASIC = base64.b64encode(f"user:{SECRET}".encode())
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -396,7 +398,7 @@ SECRETS = {
 
 
 def leaks(folder: Path, *outputs: str) -> list[str]:
-    """The files below a folder, and the outputs, that have the secret, as it is or as HTTP's Basic scheme sends it."""
+    """The files in a folder, and the outputs, that contain the secret, as text or as HTTP's Basic scheme sends it."""
     files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     texts = files | {output: output.encode() for output in outputs}
     return [name for name, content in texts.items() if SECRET.encode() in content or BASIC in content]
@@ -406,7 +408,7 @@ def test_no_secret_of_the_environment_is_recorded_or_shown(new_project: Project,
     project = new_project
     project.set("fetch.mirrors", ["http://mirror.invalid/", mirror])
     good = project.dvc("repro", check=True, warns=False, **SECRETS)
-    assert "Unable to connect to proxy" in good.stderr, "the proxy is asked, and its failure told"
+    assert "Unable to connect to proxy" in good.stderr, "the proxy is asked, and its failure reported"
     assert len(ran(good.stdout)) == 3
     Image.new("L", (28, 28)).save(tmp_path / "image.png")
     run_id = Store(project).runs("train")[-1].info.run_id

@@ -1,4 +1,4 @@
-"""Tracking is never the reason that work is lost: a real MLflow server is stopped, hung and started again."""
+"""MLflow failures never cost you work: a real server is stopped, hung and started again."""
 
 import http.server
 import os
@@ -50,7 +50,7 @@ class Server:
         wait_for_server(self.process, self.port, self.folder / "log")
 
     def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)  # its session, and so its workers as well
+        os.killpg(self.process.pid, number)  # its session, and so its workers, too
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -1,4 +1,4 @@
-"""The model that leaves the project says what evaluate says of it: served, promoted, and as ONNX."""
+"""The model gives the predictions of evaluate: served, promoted, and as ONNX."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_a_worse_model_is_promoted_only_by_force(promoted_project: Project, tmp_
     assert " is better than " in promote(project, first.info.run_id).stdout
     assert champion(project) == first.info.run_id
     assert "is the champion already" in promote(project, first.info.run_id).stdout
-    for run in Store(project).runs("evaluate"):  # with no evaluation, nothing can be compared
+    for run in Store(project).runs("evaluate"):  # without an evaluation, nothing can be compared
         Store(project).client.delete_run(run.info.run_id)
     assert (
         "it has no evaluation; `dvc repro` and `make sync` make one"
@@ -125,7 +125,7 @@ def test_a_clone_without_the_model_or_with_other_code_promotes_nothing_unasked(
     assert champion(project) == slow.info.run_id
 
 
-def test_the_served_model_says_what_evaluate_says_for_one_image_and_for_a_thousand(promoted_project: Project) -> None:
+def test_the_served_model_gives_the_predictions_of_evaluate(promoted_project: Project) -> None:
     _, first = Store(promoted_project).runs("evaluate")
     table = pd.read_parquet(
         Store(promoted_project).client.download_artifacts(first.info.run_id, "metrics/predictions.parquet")
@@ -172,7 +172,7 @@ def ask(process: subprocess.Popen[bytes], port: int, images: np.ndarray) -> list
             time.sleep(0.2)
 
 
-def test_predict_asks_the_promoted_model(promoted_project: Project, tmp_path: Path) -> None:
+def test_predict_uses_the_promoted_model(promoted_project: Project, tmp_path: Path) -> None:
     dataset = read_dataset(promoted_project.folder / "data/fashion-mnist/test.safetensors")
     Image.fromarray(dataset.images[0]).save(tmp_path / "first.png")
     command = ["predict", "--json", str(tmp_path / "first.png")]
@@ -182,7 +182,7 @@ def test_predict_asks_the_promoted_model(promoted_project: Project, tmp_path: Pa
     assert best["probability"] > slow["probability"]
 
 
-def test_the_onnx_file_says_what_evaluate_says(finished_project: Project, tmp_path: Path) -> None:
+def test_the_onnx_file_gives_the_predictions_of_evaluate(finished_project: Project, tmp_path: Path) -> None:
     path = tmp_path / "lenet.onnx"
     shown = finished_project.command("export", str(path))
     assert "matches PyTorch on all 200 test images" in shown.stdout

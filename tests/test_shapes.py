@@ -1,4 +1,4 @@
-"""Shape and classes come from the data: colour images of 32 by 32 in five classes, through all stages and commands."""
+"""Shape and classes come from the data: 32 by 32 colour images in five classes, through stages and commands."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_another_shape_and_number_of_classes_need_no_change(colours: Project, tm
     assert "on all 50 test images" in colours.command("export", "models/lenet.onnx").stdout
 
 
-def test_a_model_of_other_data_is_not_evaluated(colours: Project) -> None:
+def test_a_model_of_another_data_set_is_not_evaluated(colours: Project) -> None:
     dataset = make_dataset(50)
     write_dataset(colours.folder / "data/fashion-mnist/test.safetensors", dataset._replace(classes=CLASSES[::-1]))
     result = colours.run(*Pipeline(colours.folder).command("evaluate"), check=False)

@@ -1,4 +1,4 @@
-"""Files are whole or not there; foreign ones are refused; a stage ends with a clear line."""
+"""Files are whole or missing, unrelated ones are refused, and a stage ends with a clear line."""
 
 import signal
 import subprocess
@@ -25,7 +25,7 @@ def test_write_replaces_a_file_whole_and_leaves_nothing_beside_it(tmp_path: Path
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: the write fails after a part."""
+    """A limit on the size of files stands for the full disk: a write fails halfway."""
     code = """
 import resource, signal, sys
 from pathlib import Path
@@ -44,7 +44,7 @@ stage.run(lambda: stage.write(Path(sys.argv[1]), bytes(1_000_000)))
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_data_set_is_read_as_it_was_written_and_always_the_same_bytes(tmp_path: Path) -> None:
+def test_a_data_set_is_read_as_it_was_written_to_the_same_bytes_each_time(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     dataset = Dataset(images, np.arange(20, dtype=np.uint8) % 10, [f"class {label}" for label in range(10)])
     for name in ("one", "two"):
@@ -74,7 +74,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
 @pytest.mark.parametrize("read", [read_dataset, read_model])
-def test_a_foreign_file_is_refused_in_one_line(
+def test_an_unrelated_file_is_refused_in_one_line(
     read: Callable[[Path], object], content: bytes | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "file.safetensors"
@@ -86,7 +86,7 @@ def test_a_foreign_file_is_refused_in_one_line(
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_stage_whose_input_is_foreign_says_so_and_what_dvc_removed_is_put_back(project: Project) -> None:
+def test_a_stage_refuses_an_unrelated_input_and_restores_what_dvc_removed(project: Project) -> None:
     model = project.folder / "models/lenet.safetensors"
     scores = (project.folder / "metrics/evaluate.json").read_bytes()
     model.unlink()
@@ -110,7 +110,7 @@ def test_a_damaged_data_set_in_the_workspace_is_replaced_from_the_cache(project:
     assert path.stat().st_size > 100_000
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path) -> None:
     target = tmp_path / "file"  # a file where a folder is needed: no user can write below it
     target.write_bytes(b"")
     with pytest.raises(StageError, match=r"cannot write .*file/model: "):

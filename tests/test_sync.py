@@ -1,4 +1,4 @@
-"""MLflow is a view of what DVC keeps: however DVC came to its results, the right record is there, once."""
+"""MLflow is a view of what DVC keeps: however DVC got its results, sync makes the right record, once."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from stages.params import read_params
 
 
 def content(store: Store, run: Run) -> dict[str, Any]:
-    """All of a run that must be the same however it was recorded."""
+    """The parts of a run that must not depend on how it was recorded."""
     own = {"restored", "mlflow.parentRunId", "mlflow.source.git.commit", "git.dirty", "mlflow.user"}
     tags = {
         key: value
@@ -90,7 +90,7 @@ def test_sync_changes_nothing_after_repro(finished_project: Project, tmp_path: P
     assert everything(Store(project)) == before
 
 
-def test_sync_records_nothing_of_outs_that_are_not_there(finished_project: Project, tmp_path: Path) -> None:
+def test_sync_does_not_record_missing_outs(finished_project: Project, tmp_path: Path) -> None:
     project = copy(finished_project, tmp_path)
     (project.folder / "mlflow.db").unlink()
     path = "models/lenet.safetensors"
@@ -107,7 +107,7 @@ def test_sync_records_nothing_of_outs_that_are_not_there(finished_project: Proje
     assert Store(project).runs("train") == []
 
 
-def test_numbers_are_to_sync_what_they_were_to_the_stage(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_reads_numbers_as_the_stage_did(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """`lr: 1` is an integer to dvc.lock, though the schema makes it a float."""
     project.set("train.lr", 1)
     project.dvc("commit", "--force", "train")
@@ -155,7 +155,7 @@ def test_sync_without_a_store_says_so_in_one_line(project: Project) -> None:
     assert line.startswith(f"error: MLflow cannot use {uri} (")
 
 
-def test_credentials_in_the_store_s_address_are_not_told(project: Project) -> None:
+def test_credentials_in_the_store_s_address_are_not_shown(project: Project) -> None:
     uri = "http://user:secret@127.0.0.1:1"
     result = project.command("sync", check=False, MLFLOW_TRACKING_URI=uri)
     assert result.returncode == 1
@@ -177,9 +177,9 @@ def test_a_run_that_was_cut_off_right_after_it_was_created_is_completed(stage: s
     assert content(store, completed) == expected
 
 
-def test_what_is_restored_has_no_commit_where_the_tree_is_another(project: Project) -> None:
+def test_a_restored_run_has_no_commit_if_the_tree_differs(project: Project) -> None:
     (project.folder / "mlflow.db").unlink()
-    project.set("train.lr", 0.02)  # and not run
+    project.set("train.lr", 0.02)  # without running it
     sync(project)
     runs = {stage: Store(project).run(stage).data for stage in STAGES}
     assert {stage for stage, data in runs.items() if "mlflow.source.git.commit" in data.tags} == {
@@ -188,7 +188,7 @@ def test_what_is_restored_has_no_commit_where_the_tree_is_another(project: Proje
     assert runs["train"].params["train.lr"] == "0.01"
 
 
-def test_a_cache_of_symlinks_is_recorded_as_well(project: Project) -> None:
+def test_outs_that_are_symlinks_into_the_cache_are_recorded(project: Project) -> None:
     project.dvc("config", "cache.type", "symlink")
     project.dvc("checkout", "--relink")
     assert (project.folder / "models/lenet.safetensors").is_symlink()

@@ -1,4 +1,4 @@
-"""MLflow shows what DVC did: its content equals the files, and a run's status is true in the end."""
+"""MLflow shows what DVC did: its content equals the files, and a run's final status is correct."""
 
 import csv
 import json
@@ -80,7 +80,7 @@ def test_an_evaluate_run_is_the_child_of_the_run_that_made_its_model(store: Stor
     assert "mlflow.parentRunId" not in store.run("train").data.tags
 
 
-def test_the_data_sets_are_inputs_with_the_hash_that_dvc_knows(store: Store, finished_project: Project) -> None:
+def test_the_data_sets_are_inputs_with_dvc_s_hash(store: Store, finished_project: Project) -> None:
     md5s = finished_project.md5s()
     declared = {name: entry["path"] for name, entry in PIPELINE.artifacts.items() if entry["type"] == "dataset"}
     assert declared
@@ -91,7 +91,7 @@ def test_the_data_sets_are_inputs_with_the_hash_that_dvc_knows(store: Store, fin
         assert found == {name: md5s[path] for name, path in declared.items() if path in files}
 
 
-def test_the_model_is_logged_without_pickle_and_says_what_evaluate_said(
+def test_the_model_is_logged_without_a_pickle_and_predicts_like_evaluate(
     store: Store, finished_project: Project
 ) -> None:
     (model,) = store.client.search_logged_models([store.experiment_id])
@@ -155,7 +155,7 @@ def test_a_stage_that_is_ended_by_a_signal_has_a_killed_run(number: signal.Signa
     assert "warning" not in errors
     store, deadline = Store(project), time.monotonic() + 60
     while store.runs("train")[0].info.status == "RUNNING" and time.monotonic() < deadline:
-        time.sleep(0.1)  # after SIGKILL, the recorder is what is left to close the run
+        time.sleep(0.1)  # after SIGKILL, only the recorder is left to close the run
     newest, first = store.runs("train")
     assert (newest.info.status, first.info.status) == ("KILLED", "FINISHED")
     assert store.curve(newest, "train_loss")
@@ -196,7 +196,7 @@ def test_strict_tracking_fails_before_anything_is_done_and_loses_nothing(project
     assert project.repro("--dry", "--single-item", "train") == ["train"]
 
 
-def test_the_environment_s_store_and_experiment_win(project: Project, tmp_path: Path) -> None:
+def test_the_environment_selects_the_store_and_the_experiment(project: Project, tmp_path: Path) -> None:
     project.set("evaluate.batch_size", 50)
     uri = f"sqlite:///{tmp_path / 'other.db'}"
     assert project.repro(MLFLOW_TRACKING_URI=uri, MLFLOW_EXPERIMENT_NAME="mine", MLFLOW_RUN_ID="0" * 32) == ["evaluate"]
@@ -209,10 +209,10 @@ def test_the_environment_s_store_and_experiment_win(project: Project, tmp_path: 
     assert len(Store(project).runs("evaluate")) == 1
 
 
-def test_a_dirty_tree_is_one_whose_own_files_changed(project: Project) -> None:
+def test_a_tree_is_dirty_only_if_its_own_files_changed(project: Project) -> None:
     project.set("evaluate.batch_size", 50)
     project.commit("Change the batch size")
-    (project.folder / "metrics/train.json").write_text("{}")  # DVC puts it back
+    (project.folder / "metrics/train.json").write_text("{}")  # DVC restores it
     assert project.repro() == ["evaluate"]
     assert Store(project).runs("evaluate")[0].data.tags["git.dirty"] == "false"
     (project.folder / "stages/evaluate.py").open("a").write("# changed\n")
@@ -220,7 +220,7 @@ def test_a_dirty_tree_is_one_whose_own_files_changed(project: Project) -> None:
     assert Store(project).runs("evaluate")[0].data.tags["git.dirty"] == "true"
 
 
-def test_stages_that_were_added_or_written_in_another_way_cost_no_record(project: Project) -> None:
+def test_added_stages_and_other_forms_of_a_stage_are_recorded(project: Project) -> None:
     with modify_yaml(project.folder / "dvc.yaml") as content:
         stages = content["stages"]
         stages["count"] = {"cmd": "wc -c data/fashion-mnist/train.safetensors > data/count", "outs": ["data/count"]}
@@ -236,7 +236,7 @@ def test_stages_that_were_added_or_written_in_another_way_cost_no_record(project
     assert run.data.params["evaluate.batch_size"] == "1000"
     assert run.data.tags["dvc.cmd"].startswith("true\ndvc-mlflow run python -m stages.evaluate ")
     assert Store(project).run("stamp").info.status == "FINISHED"
-    project.command("sync")  # the one of them that no launcher records
+    project.command("sync")  # the only one that no launcher records
     project.command("audit")
     (project.folder / "mlflow.db").unlink()
     assert len(project.command("sync").stdout.splitlines()) == len(STAGES) + 2
@@ -265,7 +265,7 @@ def test_a_relative_address_of_the_store_is_the_projects_own(project: Project) -
     assert len(Store(project).runs("evaluate")) == 2
 
 
-def test_a_training_to_the_same_bytes_has_the_evaluation_that_dvc_skips(project: Project) -> None:
+def test_a_training_to_the_same_bytes_gets_the_evaluation_that_dvc_skips(project: Project) -> None:
     project.set("train.checkpoint_epochs", 2)
     assert project.repro() == ["train"]
     again, first = Store(project).runs("train")
@@ -273,6 +273,8 @@ def test_a_training_to_the_same_bytes_has_the_evaluation_that_dvc_skips(project:
     evaluation = Store(project).runs("evaluate")[0]
     assert evaluation.data.tags["mlflow.parentRunId"] == again.info.run_id
     assert evaluation.data.tags["restored"] == "true"
-    assert evaluation.data.params["train.checkpoint_epochs"] == "2", "the params of this training, not of the former"
+    assert evaluation.data.params["train.checkpoint_epochs"] == "2", (
+        "the params of this training, not of the earlier one"
+    )
     assert evaluation.data.tags["mlflow.source.git.commit"] == again.data.tags["mlflow.source.git.commit"]
     project.command("audit")

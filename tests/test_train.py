@@ -1,4 +1,4 @@
-"""Learning: the loop learns, its bits repeat, and its numbers are what they say."""
+"""The loop learns, its bits repeat, and its numbers are right."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from stages.training import lr_at, mean_and_std
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # checkpoints lie below the current folder
+    monkeypatch.chdir(tmp_path)  # checkpoints are in the current folder
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_after_each_epoch_the_history_up_to_it_is_reported() -> None:
     ]
 
 
-def test_without_a_validation_split_all_images_train() -> None:
+def test_without_a_validation_split_all_images_are_trained_on() -> None:
     _, history = fit(validation_size=0, epochs=1)
     assert "validation_loss" not in history[0]
 
@@ -116,7 +116,7 @@ def test_lenet_has_its_parameters_and_standardises_its_input() -> None:
     plain.load_state_dict(model.state_dict() | {"mean": plain.mean, "std": plain.std})
     shifted = ((images.float() - 10.0) / 2.0).unsqueeze(1)
     reference = torch.nn.functional.conv2d(shifted, model.conv1.weight, model.conv1.bias)
-    reference = torch.nn.functional.max_pool2d(torch.sigmoid(reference), 2)  # sigmoid first, as LeNet is drawn
+    reference = torch.nn.functional.max_pool2d(torch.sigmoid(reference), 2)  # sigmoid before pooling, as LeNet is drawn
     reference = torch.nn.functional.max_pool2d(torch.sigmoid(model.conv2(reference)), 2).flatten(1)
     reference = model.fc3(torch.sigmoid(model.fc2(torch.sigmoid(model.fc1(reference)))))
     assert torch.allclose(model(images), reference, atol=1e-6)
@@ -134,18 +134,18 @@ def test_lenet_has_its_parameters_and_standardises_its_input() -> None:
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_one_line(changes: dict, message: str) -> None:
+def test_params_that_do_not_fit_the_data_are_refused_in_one_line(changes: dict, message: str) -> None:
     with pytest.raises(StageError, match=message):
         fit(**changes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_where_there_is_none_is_refused_in_one_line() -> None:
+def test_cuda_without_a_gpu_is_refused_in_one_line() -> None:
     with pytest.raises(StageError, match=r"expected a CUDA GPU .*found none; set device: auto or cpu"):
         set_up_device("cuda", 1)
 
 
-def test_a_model_file_holds_all_of_the_model_and_always_the_same_bytes(tmp_path: Path) -> None:
+def test_a_model_file_holds_the_whole_model_in_the_same_bytes_each_time(tmp_path: Path) -> None:
     model, _ = fit(epochs=1)
     write_model(tmp_path / "one.safetensors", model)
     write_model(tmp_path / "two.safetensors", model)

@@ -1,4 +1,4 @@
-"""A step's CUDA graph learns what the step does without one. Where there is no GPU, all but the capture runs here."""
+"""A step's CUDA graph learns the same as a step without one. Without a GPU, everything but the capture runs here."""
 
 import platform
 import resource
@@ -17,7 +17,7 @@ BATCH_SIZE = 8
 
 
 def learn(device: torch.device, graph: bool) -> dict[str, Tensor]:
-    """The weights, and the sums, after a few batches, the last of them shorter."""
+    """The weights and the sums after a few batches, of which the last is shorter."""
     torch.manual_seed(0)
     model = LeNet("sigmoid", list("0123456789"), (28, 28)).to(device)
     images = torch.randint(256, (30, 28, 28), dtype=torch.uint8).to(device)
@@ -50,7 +50,7 @@ def test_without_a_gpu_the_capture_fails_with_a_warning_and_changes_nothing(
     assert line.startswith("warning: no CUDA graph (")
 
 
-def test_the_steps_before_a_capture_are_forgotten_and_each_batch_is_what_is_replayed(
+def test_the_steps_before_a_capture_are_undone_and_each_batch_is_replayed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replays: list[Tensor] = []
@@ -96,7 +96,7 @@ def test_on_a_gpu_the_graph_gives_the_same_bits_as_no_graph(capsys: pytest.Captu
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_a_step_on_a_large_batch_computes_in_the_memory_of_the_step_before() -> None:
+def test_a_step_on_a_large_batch_reuses_the_memory_of_the_step_before() -> None:
     images = torch.zeros(1000, 28, 28, dtype=torch.uint8)
     model = LeNet("sigmoid", list("0123456789"), (28, 28)).to(memory_format=torch.channels_last)
     step = Step(model, images, torch.arange(1000) % 10)

@@ -1,4 +1,4 @@
-"""Trainings on one host take turns for the cores that they need, and nothing that goes wrong with that stops one."""
+"""Trainings on one host take turns for the cores that they need, and a failure of the lock stops none."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ Hold = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Hold]:
-    """Starts a process that takes a turn of so many threads, and ends at the end of its input."""
+    """Starts a process that takes a turn with so many threads, and ends when its input does."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(threads: int, code: str = HOLD, cores: set[int] | None = None) -> subprocess.Popen[str]:
@@ -68,9 +68,7 @@ WAITS = f"waiting for {len(CORES)} CPU core(s), which other trainings use"
 two_cores = pytest.mark.skipif(len(CORES) < 2, reason="needs two CPU cores")
 
 
-def test_a_training_waits_for_another_and_goes_on_when_that_is_killed(
-    hold: Hold, project: Project, tmp_path: Path
-) -> None:
+def test_a_training_waits_for_another_until_that_is_killed(hold: Hold, project: Project, tmp_path: Path) -> None:
     first = hold(len(CORES))
     assert says(first) == "held"
     project.set("train.threads", len(CORES))
@@ -87,7 +85,7 @@ def test_a_training_waits_for_another_and_goes_on_when_that_is_killed(
     reader = threading.Thread(target=lambda: lines.extend(training.stdout or ()))
     reader.start()
     reader.join(2)
-    assert lines == [], "it trains while the other has the cores"
+    assert lines == [], "it trained while the other had the cores"
     first.kill()
     reader.join(60)
     assert training.wait(60) == 0
@@ -104,20 +102,20 @@ def test_a_child_that_outlives_a_killed_training_does_not_keep_its_cores(hold: H
 
 
 @two_cores
-def test_those_that_find_room_beside_each_other_do_not_wait(hold: Hold) -> None:
+def test_trainings_with_enough_cores_do_not_wait(hold: Hold) -> None:
     assert [says(hold(1)) for _ in CORES] == ["held"] * len(CORES)
     assert says(hold(1)) == "waiting for 1 CPU core(s), which other trainings use"
 
 
 @two_cores
-def test_those_that_taskset_keeps_apart_do_not_wait(hold: Hold) -> None:
+def test_trainings_that_taskset_separates_do_not_wait(hold: Hold) -> None:
     assert says(hold(8, cores={CORES[0]})) == "held"
     assert says(hold(8, cores={CORES[1]})) == "held"
     assert says(hold(8, cores={CORES[1]})) == "waiting for 1 CPU core(s), which other trainings use"
 
 
 @two_cores
-def test_one_that_waits_for_several_cores_keeps_none_from_others(hold: Hold) -> None:
+def test_a_training_that_waits_for_several_cores_holds_none(hold: Hold) -> None:
     one = hold(1)
     assert says(one) == "held"
     all_of_them = hold(len(CORES))
@@ -168,7 +166,7 @@ def no_folder(path: Path) -> None:
         (no_folder, "No such file or directory"),
     ],
 )
-def test_where_the_file_of_locks_cannot_be_used_a_line_says_so_and_nobody_waits(
+def test_if_the_lock_file_cannot_be_used_a_warning_says_so_and_nobody_waits(
     damage: Callable[[Path], None], reason: str | None, hold: Hold, tmp_path: Path
 ) -> None:
     path = tmp_path / f"training-cores-{os.getuid()}"
@@ -183,7 +181,7 @@ def test_where_the_file_of_locks_cannot_be_used_a_line_says_so_and_nobody_waits(
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to mount a file system")
 @pytest.mark.parametrize("how", ["read-only", "full"])
-def test_a_read_only_or_full_folder_of_temporary_files_stops_no_training(how: str, hold: Hold, tmp_path: Path) -> None:
+def test_a_read_only_or_full_temporary_folder_stops_no_training(how: str, hold: Hold, tmp_path: Path) -> None:
     options = "size=4k,nr_inodes=1" if how == "full" else "ro"
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", tmp_path], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")

@@ -1,4 +1,4 @@
-"""What a person sees in the MLflow UI, in a real browser, of two real pipeline runs with different rates.
+"""What a person sees in the MLflow UI: a real browser, and two real pipeline runs with different rates.
 
 Screenshots are kept below pytest's temporary folder; its path is in the report of a failure.
 """
@@ -18,7 +18,7 @@ from support.project import Project, copy
 from support.servers import Served, free_port, serve
 from support.store import Store
 
-SECONDS = 30  # for the UI to show something
+SECONDS = 30  # seconds for the UI to show something
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_experiment_page_shows_named_runs_and_what_they_are_for(
     page.screenshot(path=tmp_path / "runs.png")
     names = [name for name in page.get_by_role("link").all_inner_texts() if re.match("fetch|train|evaluate", name)]
     (fetch,) = Store(watched_project).runs("fetch")
-    assert names == ["train slow lr=0.0001", first.info.run_name, fetch.info.run_name], "evaluations are folded below"
+    assert names == ["train slow lr=0.0001", first.info.run_name, fetch.info.run_name], "evaluations are folded"
     assert page.get_by_text("What DVC ran: each execution of a stage is a run.").is_visible()
     page.get_by_role("link", name="train slow lr=0.0001").click()
     page.get_by_text("Train LeNet.").wait_for()
@@ -93,7 +93,7 @@ def test_two_runs_compare_by_rate_accuracy_and_curves(
         assert page.get_by_text(run.info.run_name).first.is_visible()
 
 
-def test_the_model_page_shows_the_test_metric_of_exactly_this_model(
+def test_the_model_page_shows_this_model_s_test_metric(
     page: Page, address: str, watched_project: Project, tmp_path: Path
 ) -> None:
     weights = watched_project.md5s()["models/lenet.safetensors"]
@@ -115,7 +115,7 @@ def test_the_saved_view_has_the_declared_metrics_the_params_that_vary_and_the_be
     port = free_port()
     with serve(watched_project, port, "dvc-mlflow", "ui", "--port", str(port)):
         (address,) = re.findall("table +(http://.*)", (watched_project.folder / "ui.log").read_text())
-        page.set_viewport_size({"width": 3000, "height": 1100})  # the table draws no columns outside of the window
+        page.set_viewport_size({"width": 3000, "height": 1100})  # the table draws no columns outside the window
         page.goto(address)
         page.get_by_role("link", name="train slow lr=0.0001").wait_for()
         page.get_by_role("columnheader", name="train.lr").first.wait_for()
@@ -155,7 +155,7 @@ def test_the_charts_show_the_curves_of_all_training_runs(
     assert page.get_by_text("test_accuracy").first.is_visible()
 
 
-def test_for_a_server_the_ui_command_prints_the_address_alone(served: Served) -> None:
+def test_for_a_server_the_ui_command_prints_only_the_addresses(served: Served) -> None:
     with_user = f"http://ada:secret@127.0.0.1:{served.port}"
     ended = served.project.run("dvc-mlflow", "ui", MLFLOW_TRACKING_URI=with_user)
     assert re.fullmatch(

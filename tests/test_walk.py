@@ -1,8 +1,8 @@
-"""A walk over what people do to a project, at random: after it, MLflow shows what the test computes by itself.
+"""A random walk over what people do to a project: afterwards, MLflow shows what the test computes itself.
 
 The stages are simple functions of their params, their code and what they read, and the test knows these functions. So
-a row that shows a number with params that did not make it is found, however it came about. A walk prints its steps;
-the seed decides them, but for the moment at which a kill strikes.
+a row that shows a number with params that did not make it is found, whatever the cause. A walk prints its steps; the
+seed decides them, except for the moment of a kill.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def before(stage: str) -> list[str]:
 
 
 def make(stage: str, params: Mapping[str, int], k: int, files: Files) -> dict[str, bytes]:
-    """What a stage makes of its params, the constant K of its script and what it reads; nothing if it fails."""
+    """What a stage makes from its params, the constant K of its script and its inputs; nothing if it fails."""
 
     def number(path: str) -> int:
         return int(files[path])
@@ -149,7 +149,7 @@ def part_of(files: Files, path: str) -> dict[str, bytes]:
 
 
 def digest(files: Files, path: str) -> str:
-    """The hash of a file or directory as DVC has it; "" if it is not there."""
+    """The hash of a file or directory, as DVC computes it; "" if it is missing."""
     if path in files:
         return hashlib.md5(files[path]).hexdigest()
     parts = {name.removeprefix(f"{path}/"): data for name, data in part_of(files, path).items()}
@@ -159,7 +159,7 @@ def digest(files: Files, path: str) -> str:
 
 @dataclass
 class Entry:
-    """What dvc.lock, or the artifact execution.json, says of an execution."""
+    """An execution, as dvc.lock or the artifact execution.json records it."""
 
     stage: str
     cmd: str
@@ -208,7 +208,7 @@ class Row:
 
 
 class Walk:
-    """A project, and what is known of all that was done to it."""
+    """A project, and everything that was done to it."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -218,7 +218,7 @@ class Walk:
         self.raws: dict[str, bytes] = {}
         self.commits: list[str] = []
         self.stated: set[str] = set()  # executions that someone stated, by `dvc commit` or in dvc.lock, and did not run
-        self.mistaken: set[str] = set()  # those that DVC wrote with params that changed while the stage was at work
+        self.mistaken: set[str] = set()  # those that DVC wrote with params that changed while the stage ran
         self.known: dict[str, dict[str, bytes]] = {}  # what was in the outs then, by hash
         self.experiments: dict[str, list[dict[str, int]]] = {}  # params of those that ran under a name
         self.traced: set[str] = set()  # runs whose code was brought back once
@@ -254,28 +254,28 @@ class Walk:
         self.write("raw.txt", data.decode())
 
     def call(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Do what a user does, who may be refused."""
+        """Run what a user runs, which may be refused."""
         ended = self.project.run(*command, check=False)
         self.look_at(ended.stdout + ended.stderr)
         self.wait_for_processes()
         return ended
 
     def look_at(self, output: str) -> None:
-        """What dvc_mlflow says while stages run: lines that are expected."""
+        """Assert that dvc_mlflow prints only expected lines while stages run."""
         assert "dvc_mlflow" not in output.partition("Traceback")[2], output
         assert "defect" not in output, output
         for line in re.findall("^warning: .*", output, re.MULTILINE):
             assert re.search(EXPECTED_WARNINGS, line), line
 
     def wait_for_processes(self) -> None:
-        """Wait for the processes at work in the project, such as the orphans of a DVC that was killed."""
+        """Wait for the processes that run in the project, such as orphans of a killed DVC."""
         deadline = time.monotonic() + 120
         while own := [process for process in psutil.process_iter() if _works_in(process, self.folder)]:
             assert time.monotonic() < deadline, [process.cmdline() for process in own]
             time.sleep(0.05)
 
     def bridge(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Do what `dvc-mlflow …` does."""
+        """Run `dvc-mlflow …`."""
         ended = forked.run_module("dvc_mlflow", words, self.folder, environment())
         assert not re.search("Traceback|defect", ended.stdout + ended.stderr), ended
         return ended
@@ -289,7 +289,7 @@ class Walk:
         return read_lock(file.read_text()) if file.exists() else {}
 
     def files(self) -> dict[str, bytes]:
-        """The scripts, the data and the outs, as they are."""
+        """The current scripts, data and outs."""
         paths = [path for path in self.folder.iterdir() if path.suffix in (".sh", ".txt", ".csv", ".json", ".yaml")]
         folder = self.folder / "folder"
         paths += [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
@@ -313,7 +313,7 @@ class Walk:
         return f"{self.set_param()} {self.call('dvc', 'repro').returncode}"
 
     def sync_meanwhile(self) -> str:
-        """Let sync run while stages do."""
+        """Run sync while stages run."""
         change, log = self.set_param(), self.folder / ".dvc/tmp/output.txt"
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -376,7 +376,7 @@ class Walk:
         return f"{named}"
 
     def new_experiment(self) -> tuple[str, str]:
-        """A name, which may have been that of a former one, and a change of params."""
+        """A name, perhaps that of a former experiment, and a change of params."""
         key, name = self.rng.choice(list(VALUES)), f"e{self.rng.randint(1, 6)}"
         value = self.rng.randint(*VALUES[key])
         if name not in self.listed():
@@ -409,12 +409,12 @@ class Walk:
         if artifacts := self.rng.choice([True, False]):
             shutil.rmtree(self.folder / "mlartifacts", ignore_errors=True)
         self.traced.clear()
-        self.stated |= self.mistaken  # MLflow alone knew of them
+        self.stated |= self.mistaken  # only MLflow had them
         self.mistaken.clear()
         return "and its artifacts" if artifacts else ""
 
     def old_store(self) -> str:
-        """Keep a copy of the store, or put the one back that was kept some time ago."""
+        """Keep a copy of the store, or restore an earlier copy."""
         kept, names = self.parent / "kept", ("mlflow.db", "mlartifacts")
         if not kept.exists():
             kept.mkdir()
@@ -443,7 +443,7 @@ class Walk:
         return path.name
 
     def kill(self) -> str:
-        """Run `dvc repro` or `dvc exp run`, and end it, or part of it, some time later."""
+        """Run `dvc repro` or `dvc exp run`, and kill it, or part of it, some time later."""
         seconds, number = self.rng.uniform(0.3, 7), self.rng.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
         whom, place = self.rng.choice(["DVC", "the foreground", "all", "one"]), self.rng.random()
         command = ["dvc", "repro"]
@@ -481,7 +481,7 @@ class Walk:
         return f"{' '.join(command)}: {number.name} to {whom} after {seconds:.1f} s{'' if running else ', too late'}"
 
     def set_meanwhile(self) -> str:
-        """Change a param of fit while fit is at work: DVC takes the new value for the one that it ran with."""
+        """Change a param of fit while fit runs: DVC takes the new value for the one that it ran with."""
         key = self.rng.choice(PARAMS["fit"])
         params, changed = self.params(), False
         value = self.rng.choice([other for other in range(1, VALUES[key][1] + 1) if other != params[key]])
@@ -537,7 +537,7 @@ class Walk:
         return f"{stage} {how}"
 
     def break_lock(self) -> str:
-        """Leave a merge's marks in dvc.lock; sync and audit refuse it in one line, and change nothing."""
+        """Leave conflict markers in dvc.lock; sync and audit refuse it in one line, and change nothing."""
         file = self.folder / "dvc.lock"
         text = file.read_text() if file.exists() else ""
         file.write_text(f"<<<<<<< ours\n{text}")
@@ -555,7 +555,7 @@ class Walk:
         return ""
 
     def dvc_commit(self) -> str:
-        """Let DVC believe that what is in the workspace is what the stages make of their params."""
+        """Make DVC believe that the files in the workspace are what the stages make."""
         entries = self.lock()
         stage = self.rng.choice([[], [self.rng.choice(STAGES)]])
         code = self.call("dvc", "commit", "-f", *stage).returncode
@@ -568,7 +568,7 @@ class Walk:
         self.known |= {digest(files, path): part_of(files, path) for path in MAKER}
 
     def state(self, former: Mapping[str, Entry]) -> None:
-        """Note what dvc.lock says now and did not say before: nobody ran it."""
+        """Note the new entries of dvc.lock, which nobody ran."""
         self.stated |= {e.key for e in self.lock().values()} - {e.key for e in former.values()}
 
     def checkout(self) -> str:
@@ -581,7 +581,7 @@ class Walk:
         return f"{name} K={k}{comment}"
 
     def change_command(self) -> str:
-        """Take the launcher away from fit, or put it back."""
+        """Remove the launcher from fit, or restore it."""
         text = (self.folder / "dvc.yaml").read_text()
         without = text.replace("dvc-mlflow run sh fit.sh", "sh fit.sh")
         self.write("dvc.yaml", text.replace("sh fit.sh", "dvc-mlflow run sh fit.sh") if text == without else without)
@@ -599,7 +599,7 @@ class Walk:
         return str(number)
 
     def read_only(self) -> str:
-        """Let sync find a store that it cannot write: it says so in one line, or has nothing to do."""
+        """Run sync on a store that it cannot write: it says so in one line, or has nothing to do."""
         modes = {path: path.stat().st_mode for path in (self.folder / "mlflow.db", self.folder / "mlartifacts")}
         before = self.dump()
         words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -642,7 +642,7 @@ class Walk:
         return list(rows.values())
 
     def dump(self) -> object:
-        """All that MLflow has, to be compared."""
+        """All that MLflow has, for a comparison."""
         if not (self.folder / "mlflow.db").exists():
             return None
         tables = ("runs", "tags", "params", "metrics", "latest_metrics", "inputs", "datasets", "logged_models")
@@ -653,7 +653,7 @@ class Walk:
     # What must be true of it
 
     def settle(self, whole: bool) -> str:
-        """Sync, and hold what MLflow shows against what must be true; `whole`: sync again, and audit all runs."""
+        """Sync, and compare MLflow with what must be true; `whole`: sync again, and audit all runs."""
         lines, code = self.sync()
         if whole:
             before = self.dump()
@@ -688,7 +688,7 @@ class Walk:
         return ended.stdout.splitlines(), ended.returncode
 
     def check_row(self, row: Row, finished: list[Row]) -> None:
-        """A row's numbers are those that its params, code and data make, and all its params are there."""
+        """Assert that a row's params, code and data give its numbers, and that no param is missing."""
         stage = row.tags["stage"]
         about = f"run {row.id} of {stage}"
         entries = row.entries
@@ -753,7 +753,7 @@ class Walk:
             assert parent.entries[-1].key == next(one.key for one in row.entries if one.stage == "fit"), about
 
     def check_code(self, row: Row) -> None:
-        """The commit and the patch that a row names have its params, its script and its data."""
+        """Assert that the commit and the patch of a row have its params, script and data."""
         commit, stage = row.tags.get("mlflow.source.git.commit"), row.tags["stage"]
         name = row.tags.get("dvc.exp_name")
         entry = row.entries[-1]
@@ -782,7 +782,7 @@ class Walk:
             assert digest(files, path) == entry.deps[path], about
 
     def has_bytes(self, path: str, md5: str, rev: str = "") -> bool:
-        """Whether the file with this hash can be had: in the workspace, in DVC's cache, or in a commit."""
+        """Whether the file with this hash is in the workspace, in DVC's cache or in a commit."""
         files = self.files()
         cached = self.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
         if digest(files, path) == md5 or (cached.exists() and hashlib.md5(cached.read_bytes()).hexdigest() == md5):
@@ -802,7 +802,7 @@ class Walk:
         return lock[stage].key + json.dumps([[one, lock[one].params] for one in chain], sort_keys=True)
 
     def check_lock(self, lock: Mapping[str, Entry], finished: list[Row], name: str = "", rev: str = "") -> set[str]:
-        """Each execution of a lock has its run, of the experiment `name`, if it can be shown; those without one."""
+        """Assert that each execution of a lock that can be shown has its run; return those without one."""
         missing, baseline = set(), set()
         if name:
             head = read_lock(self.project.run("git", "show", "HEAD:dvc.lock", check=False).stdout)
@@ -833,7 +833,7 @@ class Walk:
         return missing
 
     def is_clean(self) -> bool:
-        """Whether dvc.lock says all of the params, the code, the data and the outs as they are."""
+        """Whether dvc.lock matches the params, the code, the data and the outs."""
         files, params, lock = self.files(), self.params(), self.lock()
         declared = load_yaml(self.folder / "dvc.yaml")["stages"]
         for stage in STAGES:
@@ -850,7 +850,7 @@ class Walk:
         return True
 
     def check_audit(self, everything: bool) -> None:
-        """Audit has nothing to say of a clean project, something of any other, and nothing of runs."""
+        """Assert that audit is silent on a clean project and on runs, and not on any other project."""
         ended = self.bridge("audit", *(["--all"] if everything else []))
         assert (ended.returncode == 0) == self.is_clean(), ended.stdout + ended.stderr
         assert not re.search(": run [0-9a-f]{32}: ", ended.stdout), ended.stdout
@@ -876,7 +876,7 @@ def _works_in(process: psutil.Process, folder: Path) -> bool:
     return False
 
 
-STEPS: dict[Callable[[Walk], str], int] = {  # how often each is taken, of all
+STEPS: dict[Callable[[Walk], str], int] = {  # the weight of each step
     Walk.set_param: 6,
     Walk.set_and_repro: 12,
     Walk.repro: 14,
@@ -911,7 +911,7 @@ SLOW = (Walk.queue, Walk.set_meanwhile)  # left out of a short walk
 
 
 def walk(folder: Path, seed: int, steps: int) -> Iterator[str]:
-    """Take steps, with a look at MLflow after about every second one, and yield a line on each."""
+    """Take steps, check MLflow after about every second one, and yield a line on each."""
     project = Walk(folder, seed)
     weights = {step: weight for step, weight in STEPS.items() if steps > 10 or step not in SLOW}
     yield f"settle: {project.settle(True)}"
@@ -923,7 +923,7 @@ def walk(folder: Path, seed: int, steps: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("seed", range(1, 9))
-def test_whatever_people_do_mlflow_shows_what_is_true(
+def test_whatever_people_do_mlflow_shows_the_truth(
     seed: int, stress: bool, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     if seed > 1 and not stress:

@@ -1,4 +1,4 @@
-"""However DVC came to its results, MLflow shows the right record: a row of the table in docs/mlflow.md each."""
+"""However DVC got its results, MLflow shows the right record: a test for each row of the table in docs/mlflow.md."""
 
 import json
 import time
@@ -50,7 +50,7 @@ def is_complete(store: Store, train: Run) -> bool:
 
 
 def test_repro_and_repro_after_a_revert(project: Project) -> None:
-    """Another rate retrains, and DVC's diffs show it; the former one brings the former bytes without training."""
+    """Another rate retrains, and DVC's diffs show it; going back restores the former bytes without training."""
     store, metrics_file = Store(project), project.folder / "metrics/evaluate.json"
     first, before = project.md5s(), json.loads(metrics_file.read_text())
     project.set("train.lr", 1e-5)
@@ -101,7 +101,7 @@ def test_five_queued_experiments_on_four_workers_and_a_new_store(project: Projec
         status = project.dvc("queue", "status").stdout
         if status.count("Success") + status.count("Failed") == len(names):
             break
-        time.sleep(3)  # each look takes a worker's processor for half a second
+        time.sleep(3)  # each look takes half a second of a worker's CPU
     assert status.count("Success") == len(names), status
     assert "warning" not in "".join(project.dvc("queue", "logs", name).stdout for name in names)
     store = Store(project)

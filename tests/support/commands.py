@@ -14,14 +14,14 @@ from support import forked
 
 @functools.cache
 def home() -> tempfile.TemporaryDirectory[str]:
-    """A home folder that has an identity for git, and nothing else."""
+    """A home folder with an identity for git, and nothing else."""
     folder = tempfile.TemporaryDirectory(prefix="home-")
     Path(folder.name, ".gitconfig").write_text("[user]\nname = Test\nemail = test@example.org\n")
     return folder
 
 
 def environment() -> dict[str, str]:
-    """The environment without the user's settings, those of this project and of a make around the tests."""
+    """The environment without the settings of the user, of this project and of a make that runs the tests."""
     foreign = re.compile("MLFLOW_|DVC_|FASHION_|GIT_|XDG_|MAKE|MFLAGS")
     clean = {key: value for key, value in os.environ.items() if not foreign.match(key)}
     path = f"{Path(sys.executable).parent}:{clean['PATH']}"
@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
 
 
 def execute(command: Sequence[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command in the folder; DVC and `dvc-mlflow` in a fork, see forked.py."""
+    """Run a command in the folder; DVC and `dvc-mlflow` in a fork: see forked.py."""
     module = {"dvc": "dvc", "dvc-mlflow": "dvc_mlflow"}.get(command[0])
     if module and command[1] != "run":
         return forked.run_module(module, command[1:], folder, env)

@@ -1,6 +1,6 @@
-"""Runs a module as `python -m` does, in a fork of a process that has imported its libraries already.
+"""Runs a module like `python -m`, in a fork of a process that has already imported the libraries.
 
-The tests run a hundred commands, and most of a command's time is the import of MLflow and PyTorch.
+The tests run hundreds of commands, and importing MLflow and PyTorch takes most of a command's time.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ LIBRARIES = [
     "scipy.stats",
 ]
 
-# The server that forks has nothing of the project: each child imports that from the folder in which it runs.
+# The fork server imports nothing of the project: each child does, from the folder in which it runs.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(LIBRARIES)
 
@@ -30,9 +30,9 @@ context.set_forkserver_preload(LIBRARIES)
 def run_module(
     module: str, arguments: Sequence[str], folder: Path, env: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module arguments` in the folder, with exactly this environment and nothing to read.
+    """Run `python -m module arguments` in the folder, with exactly this environment and no input.
 
-    The module is that of the folder, or of this project.
+    The folder's own module is used, if it has one, else this project's.
     """
     with tempfile.TemporaryDirectory() as outputs:
         files = [f"{outputs}/stdout", f"{outputs}/stderr"]

@@ -1,4 +1,4 @@
-"""Copies of the project, other projects, and what their files and DVC say."""
+"""Copies of the project, other projects, and what their files say."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def make_project(folder: Path, files: Mapping[str, str], git: bool = True) -> None:
-    """Make a DVC project of these files in a new folder, in a git repository unless told otherwise; commit nothing."""
+    """Make a DVC project of these files in a new folder, in a git repository by default; commit nothing."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -63,7 +63,7 @@ class Project:
         return ran(self.dvc("repro", *arguments, check=check, warns=False, **env).stdout)
 
     def command(self, name: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Do what `python -m commands.NAME …`, or `dvc-mlflow NAME …`, does in the folder; see forked.py."""
+        """Run `python -m commands.NAME …` or `dvc-mlflow NAME …` in the folder; see forked.py."""
         bridge = name in ("sync", "audit", "lineage")
         module, words = ("dvc_mlflow", (name, *arguments)) if bridge else (f"commands.{name}", arguments)
         result = forked.run_module(module, words, self.folder, environment() | env)
@@ -73,9 +73,9 @@ class Project:
         return result
 
     def commands(self, *commands: str, **env: str) -> dict[str, subprocess.CompletedProcess[str]]:
-        """Do the commands one after the other, each given as one line, and return how they ended, by that line.
+        """Run the commands, each given as one line, one after the other; return how each ended, by that line.
 
-        None may say in more than one line why it fails.
+        Each may give only one line as the reason of a failure.
         """
         ends = {line: self.command(*shlex.split(line), check=False, **env) for line in commands}
         assert not any("\n" in end.stderr.partition("error: ")[2].rstrip("\n") for end in ends.values()), ends
@@ -100,7 +100,7 @@ class Project:
 
 
 class Pipeline:
-    """What dvc.yaml of a folder says, as it stands there."""
+    """A folder's dvc.yaml, as it stands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -137,7 +137,7 @@ class Pipeline:
         return found
 
     def hash(self, paths: Iterable[str]) -> dict[str, str]:
-        """MD5 of each file, by its path; "" for a file that is not there."""
+        """MD5 of each file, by its path; "" if it is missing."""
         return {path: md5(self.folder / path) if (self.folder / path).is_file() else "" for path in paths}
 
 
@@ -146,7 +146,7 @@ STAGES = PIPELINE.in_order()
 
 
 def copy(project: Project, parent: Path) -> Project:
-    """A copy of the project in parent/project, with an MLflow store that knows where its artifacts lie now."""
+    """A copy of the project in parent/project, with an MLflow store that has the new location of its artifacts."""
     old, new = project.folder, parent / "project"
     shutil.copytree(old, new, symlinks=True)
     if (new / "mlflow.db").exists():

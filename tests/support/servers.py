@@ -135,7 +135,7 @@ class Served(NamedTuple):
 
 
 def wait_for_server(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Wait until MLflow's server answers on this port of 127.0.0.1; where it does not, show its log."""
+    """Wait until MLflow's server answers on this port of 127.0.0.1; if it does not, fail with its log."""
     deadline = time.monotonic() + 90
     while True:
         try:

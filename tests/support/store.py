@@ -17,7 +17,7 @@ class Store:
         self.experiment_id = experiment.experiment_id
 
     def runs(self, stage: str) -> list[Run]:
-        """The stage's runs, the newest first."""
+        """The stage's runs, newest first."""
         return list(self.client.search_runs([self.experiment_id], f"tags.stage = '{stage}'"))
 
     def run(self, stage: str) -> Run:

@@ -1,4 +1,4 @@
-"""Trainings in the process of the test."""
+"""Trainings in the test's own process."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Listener:
-    """Keeps what train reports, as it was at the time."""
+    """Keeps copies of what train reports."""
 
     def __init__(self) -> None:
         self.reports: list[list[dict[str, Any]]] = []
@@ -41,7 +41,7 @@ def make_params(**changes: Any) -> Train:
             "batch_size": 16,
             "epochs": 3,
             "checkpoint_epochs": 0,
-            "threads": 1,  # threads that wait for each other do so at the cost of the other processes
+            "threads": 1,  # threads that spin while they wait take the cores from other processes
             **changes,
         }
     )
