@@ -210,10 +210,10 @@ class BatchNormLeNet(LeNet):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.norm = nn.BatchNorm2d(1)
+        self.input_norm = nn.BatchNorm2d(1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(self.norm(images.unsqueeze(1).float()).squeeze(1))
+        return super().forward(self.input_norm(images.unsqueeze(1).float()).squeeze(1))
 
 
 class DropoutLeNet(LeNet):
