@@ -52,6 +52,9 @@ FORMAT = """\
 
 def main() -> None:
     """Run the commands in the project, and draw."""
+    listed = subprocess.run(["dvc", "exp", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True)
+    if "slower" in listed.stdout.split():
+        sys.exit("error: expected no experiment named slower, found one; `dvc exp remove slower` removes it")
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(PIPELINE, highlight=False)
     for command, beginnings in COMMANDS:
