@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from support.project import Pipeline, Project
+from support.project import Pipeline, Project, copy
 
 from stages.dataset import Dataset, write_dataset
 from stages.lenet import LeNet, read_model
@@ -24,13 +24,18 @@ def make_dataset(size: int) -> Dataset:
     return Dataset(noise + COLOURS[labels][:, None, None], labels, CLASSES)
 
 
-@pytest.fixture
-def colours(project: Project) -> Project:
-    """The project after train and evaluate on these images."""
-    for part, size in (("train", 300), ("test", 50)):
-        write_dataset(project.folder / f"data/fashion-mnist/{part}.safetensors", make_dataset(size))
+def data_of(project: Project, stage: str) -> Path:
+    """The data set that a stage reads: the first argument of its command."""
+    return project.folder / Pipeline(project.folder).command(stage)[3]
+
+
+@pytest.fixture(scope="module")
+def colours(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project after train and evaluate on these images. Copy it before you change it."""
+    project = copy(finished_project, tmp_path_factory.mktemp("colours"))
     project.set("train.validation_size", 50)
-    for stage in ("train", "evaluate"):
+    for stage, size in (("train", 300), ("evaluate", 50)):
+        write_dataset(data_of(project, stage), make_dataset(size))
         project.run(*Pipeline(project.folder).command(stage))
     return project
 
@@ -53,10 +58,10 @@ def test_another_shape_and_number_of_classes_need_no_change(colours: Project, tm
     assert "on all 50 test images" in colours.command("export", "models/lenet.onnx").stdout
 
 
-def test_a_model_of_another_data_set_is_not_evaluated(colours: Project) -> None:
-    dataset = make_dataset(50)
-    write_dataset(colours.folder / "data/fashion-mnist/test.safetensors", dataset._replace(classes=CLASSES[::-1]))
-    result = colours.run(*Pipeline(colours.folder).command("evaluate"), check=False)
+def test_a_model_of_another_data_set_is_not_evaluated(colours: Project, tmp_path: Path) -> None:
+    project = copy(colours, tmp_path)
+    write_dataset(data_of(project, "evaluate"), make_dataset(50)._replace(classes=CLASSES[::-1]))
+    result = project.run(*Pipeline(project.folder).command("evaluate"), check=False)
     assert result.returncode == 1
     assert "to have the classes and shape of data/fashion-mnist/test.safetensors, found others" in result.stderr
 
@@ -69,9 +74,7 @@ def test_images_that_do_not_fit_the_network_are_refused(shape: tuple[int, ...]) 
 
 def test_a_training_on_images_that_are_too_small_ends_in_one_line(project: Project) -> None:
     dataset = make_dataset(300)
-    write_dataset(
-        project.folder / "data/fashion-mnist/train.safetensors", dataset._replace(images=dataset.images[:, :12])
-    )
+    write_dataset(data_of(project, "train"), dataset._replace(images=dataset.images[:, :12]))
     result = project.run(*Pipeline(project.folder).command("train"), check=False)
     assert result.returncode == 1
     assert "error: expected images of 16 to 256 pixels a side, found (12, 32, 3)" in result.stderr
