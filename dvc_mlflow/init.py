@@ -5,7 +5,7 @@ import difflib
 import io
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from dvc_mlflow.execution import flatten
-from dvc_mlflow.project import Project
+from dvc_mlflow.project import Project, plot_files
 
 MODELS = (".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".pkl", ".pickle", ".joblib", ".h5", ".keras")
 DATA = (".csv", ".tsv", ".parquet", ".feather", ".npz", ".npy", ".arrow", ".jsonl", ".h5", ".hdf5", ".tfrecord")
@@ -56,16 +56,17 @@ def proposal(project: Project, path: Path, text: str, live: bool) -> tuple[str, 
     before = repr(content)
     declared = {posixpath.normpath(str(one.get("path"))) for one in (content.get("artifacts") or {}).values()}
     artifacts: dict[str, CommentedMap] = {}
+    plots = [plot for plot in content.get("plots") or [] if isinstance(plot, Mapping)]
+    for plot in plots:
+        _name_step(plot, path.parent)
+    plotted = {path.parent / file for plot in plots for file, curves in plot_files("", plot) if curves}
     for stage in content.get("stages", {}).values():
         definition = stage.get("do", stage)
         folder = path.parent / str(definition.get("wdir", "."))
         _declare_metrics(definition, folder)
-        _declare_steps(definition, folder)
+        _declare_steps(definition, folder, plotted)
         if live and not _prefix(definition):
             notes.append(f"`{str(definition['cmd']).splitlines()[0]}` uses shell syntax; add `dvc-mlflow run` by hand")
-    for plot in content.get("plots") or []:
-        if isinstance(plot, Mapping):
-            _name_step(plot, path.parent)
     for file, kind in _artifacts(project, path):
         if file not in declared:
             name = re.sub(r"[^a-z0-9-]+", "-", Path(file).stem.lower()).strip("-") or kind
@@ -108,11 +109,14 @@ def _is_metrics(file: Path) -> bool:
     return 0 < len(leaves) <= 2 * len(numbers)
 
 
-def _declare_steps(stage: Any, folder: Path) -> None:
-    """Set x on plots without one, and turn plain outs that are tables over a step into plots."""
+def _declare_steps(stage: Any, folder: Path, plotted: Collection[Path]) -> None:
+    """Set x on plots without one, and turn plain outs that are tables over a step into plots.
+
+    The `plotted` files have their x at the top level of dvc.yaml.
+    """
     for out in [*(stage.get("outs") or [])]:
         file = _path(out)
-        if step := _step(folder / file):
+        if folder / file not in plotted and (step := _step(folder / file)):
             stage["outs"].remove(out)
             properties = CommentedMap(out[file]) if isinstance(out, Mapping) else CommentedMap()
             properties["x"] = step

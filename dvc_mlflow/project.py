@@ -165,7 +165,7 @@ class Project:
         for folder, path in self._top_level(index._metrics):
             metrics.append(_join(folder, path))
         for folder, plot in self._top_level(index._plots):
-            for found, drawn in _plot_files(folder, plot):
+            for found, drawn in plot_files(folder, plot):
                 plots.append(found)
                 curves += [drawn] if drawn else []
         files = {*deps, *outs}
@@ -675,7 +675,7 @@ def _join(folder: str, path: str) -> str:
     return posixpath.normpath(posixpath.join(folder, path))
 
 
-def _plot_files(folder: str, plot: Any) -> Iterator[tuple[str, Curves | None]]:
+def plot_files(folder: str, plot: Any) -> Iterator[tuple[str, Curves | None]]:
     """The files of a top-level plot in dvc.yaml, each with its curves if it has an x."""
     if isinstance(plot, str):
         yield _join(folder, plot), None

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from support.commands import environment, execute
-from support.project import make_project
+from support.project import Project, make_project
 
 DVC_YAML = """\
 # The pipeline of a project that declares as little as it can.
@@ -112,6 +112,11 @@ def test_the_applied_diff_keeps_comments_and_reruns_no_stage(folder: Path) -> No
     assert inputs and [one.dataset.name for one in inputs.dataset_inputs] == ["data"]
     assert outputs and len(outputs.model_outputs) == 1
     assert run(folder, "dvc-mlflow", "init") == "dvc.yaml already declares everything that init looks for\n"
+
+
+def test_a_table_of_a_top_level_plot_stays_as_it_is(finished_project: Project) -> None:
+    printed = run(finished_project.folder, "dvc-mlflow", "init")
+    assert printed == "dvc.yaml already declares everything that init looks for\n"
 
 
 def test_live_prefixes_the_commands_that_need_no_shell(folder: Path) -> None:
