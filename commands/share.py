@@ -97,7 +97,7 @@ def pull(repo: "Repo", remote: Any, git_remote: str) -> bool:
     for out in lacking:
         print(
             f"error: {out} (MD5 {out.hash_info.value}) is neither here nor in {remote.name}; whoever made it can "
-            f"`make push` again, or `dvc repro` makes it anew",
+            f"`make push` again, or `dvc repro` makes it again",
             file=sys.stderr,
         )
     if rest := len(absent) - len({out.hash_info.value for out in lacking}):

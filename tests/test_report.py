@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from support.project import Project, copy
+from support.project import STAGES, Project, copy
 from support.servers import Served
 
 from commands.compare import WORSE
@@ -113,9 +113,9 @@ def test_it_links_the_rows_on_a_server(served: Served) -> None:
     address = f"http://127.0.0.1:{served.port}"
     ended = report(served.project, "HEAD", check=True, MLFLOW_TRACKING_URI=address)
     links = re.findall(rf"\[(\w+) .*?\]\({address}/#/experiments/\d+/runs/(\w+)\)", ended.stdout)
-    assert [stage for stage, _ in links] == ["fetch", "fetch", "train", "train", "evaluate", "evaluate"]
+    assert [stage for stage, _ in links] == [stage for stage in STAGES for _ in range(2)]
     client = mlflow.MlflowClient(address)
-    assert {client.get_run(run_id).data.tags["stage"] for _, run_id in links} == {"fetch", "train", "evaluate"}
+    assert {client.get_run(run_id).data.tags["stage"] for _, run_id in links} == {*STAGES}
 
 
 def test_a_server_that_is_down_leaves_the_links_out(pull_request: Project) -> None:

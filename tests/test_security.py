@@ -95,7 +95,7 @@ def test_a_checkpoint_that_is_a_pickle_is_ignored_with_a_line(project: Project, 
     checkpoint.write_bytes(plant)
     result = project.run(*command, warns=True)
     assert f"{checkpoint.relative_to(project.folder)} is ignored: " in result.stderr
-    assert "epoch 1/" in result.stdout, "it starts anew"
+    assert "epoch 1/" in result.stdout, "it starts again"
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["raw", "gzipped"])

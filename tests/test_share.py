@@ -7,12 +7,10 @@ from pathlib import Path
 import mlflow
 import pytest
 from s3fs import S3FileSystem
-from support.project import Project, copy, make_project
+from support.project import STAGES, Project, copy, make_project
 from support.servers import S3, SSH
 from support.store import Store
 from support.team import Remote, found_team, join
-
-STAGES = ("fetch", "train", "evaluate")
 
 
 @pytest.fixture
