@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_results_on_other_test_sets_are_not_compared(tmp_path: Path) -> None:
 def test_results_of_other_classes_are_not_compared() -> None:
     labels = np.zeros(10, int)
     a, b = result("A", labels, labels), result("B", labels, labels)
-    b.predictions.rename(columns={"j": "k"}, inplace=True)
+    b = replace(b, predictions=b.predictions.rename(columns={"j": "k"}))
     with pytest.raises(UserError, match="expected the same classes, found j in A and k in B"):
         compare(a, b)
 
