@@ -50,7 +50,6 @@ def note(project: Project) -> str:
     [
         ("--all-experiments", ""),
         ("--all-branches --all-tags", "  (not here; the remote team has it)"),
-        ("--all-commits", "  (not here; the remote team has it)"),
         ("--workspace", "  (not here; the remote team has it)"),
         ("--workspace --not-in-remote", "  (not here; the remote team has it)"),
         ("--workspace --cloud", "  (gone: neither here nor in the remote team)"),
@@ -60,11 +59,9 @@ def test_after_gc_sync_and_audit_are_clean_and_lineage_says_where_bytes_are(
     options: str, expected: str, project: Project
 ) -> None:
     project.dvc("gc", "--force", *options.split())
-    ends = project.commands("sync", "sync --all", "audit --all")
+    ends = project.commands("sync --all", "audit --all")
     assert {end.returncode for end in ends.values()} == {0}, ends
     assert note(project) == expected
-    project.command("share", "pull", check=False)
-    assert project.repro() == []
 
 
 def test_a_remote_that_cannot_be_asked_is_named_by_lineage(project: Project) -> None:
