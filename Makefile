@@ -21,7 +21,7 @@ test: .venv/installed  ## run the tests
 stress: .venv/installed  ## run the long forms of the reliability tests: kills, faults, bad input, CPUs; 45 minutes
 	@pytest --stress tests/test_kills.py tests/test_checkpoint.py tests/test_faults.py tests/test_bad_input.py \
 		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py tests/test_same_bits.py \
-		tests/test_servers.py
+		tests/test_servers.py tests/test_sweep.py tests/test_cluster.py
 
 bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else running
 	@dvc repro fetch

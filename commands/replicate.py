@@ -2,6 +2,7 @@
 
 python -m commands.replicate --seeds 10                                   the current params, seeds 0 to 9
 python -m commands.replicate --seeds 5 -S train.activation=relu           another recipe, as in `dvc exp run`
+python -m commands.replicate --seeds 8 --jobs 2 -S train.threads=1        two at a time
 python -m commands.replicate --seeds 3 --json                             for a program
 
 Each seed is a separate experiment, `NAME-SEED` in `dvc exp show`, run in a temporary folder: the workspace does not
@@ -12,10 +13,11 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from commands.trials import Here, Trial, experiments, read_baseline
 
 METRIC = "test_accuracy"
 CHANCE = 2.0  # below so many times what a guess has, nothing was learnt
@@ -25,59 +27,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="run seeds 0 to N-1 (default: 10)")
     parser.add_argument("-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", help="as in dvc exp run")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at a time (default: 1)")
     parser.add_argument("--name", default="replicate", help="name of the experiments, before a hash of what they run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if args.seeds < 1:
         sys.exit(f"error: expected --seeds of at least 1, found {args.seeds}")
+    if args.jobs < 1:
+        sys.exit(f"error: expected --jobs of at least 1, found {args.jobs}")
     import dvc.api
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from scmrepo.exceptions import SCMError
     from tqdm import tqdm
 
-    try:
-        with Repo() as repo:
-            # Results do not depend on params and seed alone: another commit has other experiments.
-            state = repr((repo.scm.get_rev(), repo.scm.is_dirty() and _patch(), sorted(args.set_param)))
-    except (DvcException, SCMError) as error:
-        sys.exit(f"error: {error}")
-    except FileNotFoundError as error:
-        sys.exit(f"error: expected {error.filename}, found none; install it")
-    for key in ("user.name", "user.email"):  # DVC commits each experiment
-        if subprocess.run(["git", "config", key], capture_output=True).returncode:
-            sys.exit(f"error: expected {key} in git's configuration, found none; `git config --global {key} …` sets it")
+    baseline = read_baseline()
+    # Results do not depend on params and seed alone: another commit has other experiments.
+    state = repr((baseline.rev, baseline.patch or False, sorted(args.set_param)))
     name = f"{args.name}-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
-    results: dict[int, Mapping[str, Any]] = {}
-    for seed in tqdm(range(args.seeds), name, unit="seed", disable=None):
-        experiment = f"{name}-{seed}"
-        if experiment not in _experiments():
-            _run(experiment, seed, args.set_param)
-        results[seed] = dvc.api.metrics_show(rev=experiment)
+    seeds = {f"{name}-{seed}": seed for seed in range(args.seeds)}
+    trials = (Trial(one, (*args.set_param, f"train.seed={seed}")) for one, seed in seeds.items())
+    with Here(baseline, args.jobs) as place, tqdm(total=args.seeds, desc=name, unit="seed", disable=None) as bar:
+        for trial, reason in place.run(trials):
+            if reason:
+                sys.exit(f"error: {trial.name} failed: {reason}")
+            bar.update()
+    revs = experiments(baseline.folder, baseline.rev)
+    results = {seed: dvc.api.metrics_show(rev=revs[one]) for one, seed in seeds.items()}
     guess = 1 / len(results[0]["f1"])  # metrics/per_class.json has one of each class
     summary = summarize({seed: metrics[METRIC] for seed, metrics in results.items()}, guess)
     if args.json:
         print(json.dumps({"name": name, "set_param": args.set_param, **summary}, indent=2))
     else:
         show(name, summary)
-
-
-def _patch() -> bytes:
-    return subprocess.run(["git", "diff", "HEAD"], capture_output=True, check=True).stdout
-
-
-def _experiments() -> set[str]:
-    listed = subprocess.run(["dvc", "exp", "list", "--name-only"], capture_output=True, text=True, check=True)
-    return set(listed.stdout.split())
-
-
-def _run(experiment: str, seed: int, set_param: Sequence[str]) -> None:
-    changes = [argument for change in (*set_param, f"train.seed={seed}") for argument in ("--set-param", change)]
-    command = ["dvc", "exp", "run", "--temp", "--name", experiment, *changes]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        sys.exit("\n".join([f"error: `{' '.join(command)}` failed:", *lines[-5:]]))
 
 
 def summarize(accuracies: Mapping[int, float], guess: float) -> dict[str, Any]:

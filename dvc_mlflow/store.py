@@ -59,6 +59,7 @@ EXECUTION = "execution.json"  # the artifact with the execution itself
 CLAIM = "dvc.execution"  # the tag that names the execution a run shows
 MISTAKEN = "dvc.mistaken."  # and the hash of a dvc.lock entry that never ran: a tag of the run that did
 ABSENT = "dvc.absent."  # and the path of an image that could not be had when the run was recorded: sync adds it later
+RESERVED = r"(dvc|mlflow|git|process|version|hardware)\.|(stage|restored|resumed|commit)$"  # tags that are set here
 CLAIM_SECONDS = 30  # how long to wait for another run that claims an execution
 HOST = socket.gethostname()
 
@@ -241,7 +242,7 @@ class Store:
         start = content or start_of(execution, self.project)
         content_tags = {key: value for key, value in start.tags.items() if key != CLAIM}
         made_by = environment_tags() | hardware_tags() if live else {"restored": "true"}
-        tags = {**content_tags, **process_tags(pid), **made_by}
+        tags = {**own_tags(), **content_tags, **process_tags(pid), **made_by}
         changes = changed_params(self.project, execution)
         tags |= {
             "mlflow.source.type": "LOCAL",
@@ -893,6 +894,18 @@ def environment_tags() -> dict[str, str]:
     digest = hashlib.sha256("\n".join(sorted(packages)).encode()).hexdigest()[:16]
     versions = {f"version.{name}": importlib.metadata.version(name) for name in ("dvc", "mlflow")}
     return {**versions, "version.python": platform.python_version(), "version.packages": digest}
+
+
+def own_tags() -> dict[str, str]:
+    """The user's own tags: the JSON object in MLFLOW_TAGS. Raises UserError if it is none, or has tags of ours."""
+    text = os.environ.get("MLFLOW_TAGS") or "{}"
+    try:
+        tags = {str(key): str(value) for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"expected a JSON object in MLFLOW_TAGS, found {one_line(text, 60)}") from None
+    if reserved := [key for key in tags if re.match(RESERVED, key)]:
+        raise UserError(f"expected other names in MLFLOW_TAGS, found {reserved[0]}, which says what ran")
+    return tags
 
 
 def hardware_tags() -> dict[str, str]:

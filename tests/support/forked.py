@@ -18,6 +18,7 @@ LIBRARIES = [
     "mlflow.store.tracking.sqlalchemy_store",
     "dvc.api",
     "dvc.repo",
+    "optuna",
     "pandas",
     "scipy.stats",
 ]

@@ -1,0 +1,199 @@
+"""A sweep is a row of real experiments, chosen by Optuna, that goes on where it was."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.commands import environment
+from support.project import Project, copy
+from support.store import Store
+
+from commands.sweep import read_space, values_of
+
+SPACE = ("-S", "train.lr=tag(log,interval(1e-3,1e-1))", "-S", "train.epochs=1")
+BATCHES = ("-S", "train.batch_size=choice(16,32)", "-S", "train.epochs=1", "--sampler", "grid")
+
+
+def experiments(project: Project) -> list[str]:
+    return sorted(project.dvc("exp", "list", "--name-only").stdout.split())
+
+
+@pytest.fixture(scope="module")
+def swept(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with the sweep `grid` of two batch sizes, two at a time, whose result is in result.json."""
+    project = copy(finished_project, tmp_path_factory.mktemp("swept"))
+    before = project.run("git", "status", "--porcelain").stdout
+    result = project.command("sweep", *BATCHES, "--name", "grid", "--jobs", "2", "--json")
+    assert project.run("git", "status", "--porcelain").stdout == before, "the workspace must stay as it is"
+    (project.folder / "result.json").write_text(result.stdout)
+    return project
+
+
+def test_each_trial_is_an_experiment_with_its_params(swept: Project) -> None:
+    result = json.loads((swept.folder / "result.json").read_text())
+    assert experiments(swept) == ["grid-0", "grid-1"] == [row["experiment"] for row in result["trials"]]
+    shown = json.loads(swept.dvc("params", "diff", "--json", "--all", "grid-0", "grid-1").stdout)["params.yaml"]
+    assert (shown["train.batch_size"]["old"], shown["train.batch_size"]["new"]) == (16, 32)
+    assert shown["train.epochs"]["new"] == 1
+
+
+def test_the_value_is_the_metric_of_the_experiment(swept: Project) -> None:
+    result = json.loads((swept.folder / "result.json").read_text())
+    for row in result["trials"]:
+        written = json.loads(swept.run("git", "show", f"{ref(swept, row['experiment'])}:metrics/train.json").stdout)
+        assert row["value"] == written["validation_accuracy"]
+    assert result["best"] == max(result["trials"], key=lambda row: row["value"])["experiment"]
+
+
+def test_each_trial_has_its_rows_in_mlflow_with_sweep_and_number(swept: Project) -> None:
+    store = Store(swept)
+    for number in ("0", "1"):
+        for stage in ("train", "evaluate"):
+            (run,) = [run for run in store.runs(stage) if run.data.tags.get("sweep.trial") == number]
+            assert run.info.status == "FINISHED"
+            assert (run.data.tags["sweep"], run.data.tags["dvc.exp_name"]) == ("grid", f"grid-{number}")
+
+
+def test_the_same_params_by_hand_give_the_same_bits(swept: Project, tmp_path: Path) -> None:
+    by_hand = copy(swept, tmp_path)
+    by_hand.set("train.batch_size", 32)
+    by_hand.set("train.epochs", 1)
+    by_hand.repro("--force")
+    assert (
+        by_hand.run("git", "show", f"{ref(swept, 'grid-1')}:dvc.lock").stdout
+        == (by_hand.folder / "dvc.lock").read_text()
+    )
+
+
+def test_a_sweep_that_is_done_runs_nothing_and_prints_the_result_again(swept: Project) -> None:
+    before = {name: ref(swept, name) for name in experiments(swept)}
+    again = swept.command("sweep", *BATCHES, "--name", "grid", "--json")
+    assert json.loads(again.stdout) == json.loads((swept.folder / "result.json").read_text())
+    assert {name: ref(swept, name) for name in experiments(swept)} == before
+    assert "dvc exp apply grid-" in swept.command("sweep", *BATCHES, "--name", "grid", "--md").stdout
+
+
+def ref(project: Project, name: str) -> str:
+    rev = project.run("git", "rev-parse", "HEAD").stdout.strip()
+    return project.run("git", "rev-parse", f"refs/exps/{rev[:2]}/{rev[2:]}/{name}").stdout.strip()
+
+
+def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "commands.sweep", *arguments],
+        cwd=project.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_sweep_that_was_stopped_goes_on_and_runs_no_trial_twice(
+    finished_project: Project, tmp_path: Path, stress: bool
+) -> None:
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) if stress else (signal.SIGKILL,):
+        project = copy(finished_project, tmp_path / str(number))
+        command = ("--trials", "2", *SPACE, "--name", "cut")
+        process = start(project, *command)
+        while not (project.folder / ".dvc/tmp/trials/cut-1.lock").exists():  # the second trial begins
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.wait()
+        first = ref(project, "cut-0")
+        result = json.loads(project.command("sweep", *command, "--json").stdout)
+        assert experiments(project) == ["cut-0", "cut-1"]
+        assert ref(project, "cut-0") == first
+        assert [row["state"] for row in result["trials"]] == ["complete"] * 2
+        trained = [run for run in Store(project).runs("train") if "sweep" in run.data.tags]
+        assert sorted(run.data.tags["sweep.trial"] for run in trained if run.info.status == "FINISHED") == ["0", "1"]
+        assert "RUNNING" not in {run.info.status for run in trained}
+
+
+def test_a_failed_trial_is_said_with_its_reason_and_the_others_run(project: Project) -> None:
+    command = ("-S", "train.lr=-1,0.01", "-S", "train.epochs=1", "--sampler", "grid", "--name", "some", "--json")
+    result = json.loads(project.command("sweep", *command).stdout)
+    assert [(row["experiment"], row["state"]) for row in result["trials"]] == [
+        ("some-0", "failed"),
+        ("some-1", "complete"),
+    ]
+    assert "train.lr" in result["trials"][0]["reason"]
+    assert result["best"] == "some-1"
+    assert json.loads(project.command("sweep", *command).stdout) == result
+    assert experiments(project) == ["some-1"]
+
+
+BAD = {
+    "--trials 2 -S train.lrr=interval(0,1)": "found train.lrr",
+    "--trials 2 -S train.lr=interval(1,0)": "low <= high",
+    "--trials 2 -S train.lr=choice(": "choice(",
+    "--trials 2 -S train.lr=tag(log,interval(0,1))": "low > 0",
+    "--trials 2 -S train.lr=glob(*)": "pattern of files",
+    "--trials 2 -S train.lr=0.1": "expected a param that varies",
+    "--trials 2 -S train.lr": "train.lr",
+    "--trials 2 -S no.yaml:lr=interval(0,1)": "no.yaml",
+    "-S train.lr=interval(0,1)": "--trials",
+    "--trials 0 -S train.lr=interval(0,1)": "--trials",
+    "--trials 2 --jobs 0 -S train.lr=interval(0,1)": "--jobs",
+    "--trials 2 -S train.lr=interval(0,1) --sampler grid": "an interval",
+    "--trials 2 -S train.lr=interval(0,1) --name a/b": "--name",
+    "--trials 2 -S train.lr=interval(0,1) --metric metrics/train.json:nothing --maximize": "validation_accuracy",
+    "--trials 2 -S train.lr=interval(0,1) --metric metrics/train.json:nothing": "--maximize or --minimize",
+    "--trials 2 -S train.lr=interval(0,1) --metric no.json:accuracy": "metrics/train.json",
+    "--trials 2 -S train.lr=interval(0,1) --name grid": "name another sweep",
+}
+
+
+def test_bad_input_gets_one_line_and_changes_nothing(swept: Project) -> None:
+    before = {name: ref(swept, name) for name in experiments(swept)}
+    ends = swept.commands(*(f"sweep {line}" for line in BAD))
+    for line, reason in BAD.items():
+        end = ends[f"sweep {line}"]
+        assert end.returncode == 1, line
+        assert end.stderr.startswith("error: expected "), line
+        assert reason in end.stderr, line
+    assert {name: ref(swept, name) for name in experiments(swept)} == before
+
+
+def test_experiments_of_that_name_are_not_taken_for_trials(swept: Project, tmp_path: Path) -> None:
+    project = copy(swept, tmp_path)
+    shutil.rmtree(project.folder / ".dvc/tmp/sweeps")
+    failed = project.command("sweep", *BATCHES, "--name", "grid", check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: expected no experiment grid-0")
+
+
+def test_the_test_set_never_chooses_without_a_word(swept: Project) -> None:
+    command = ("sweep", "--metric", "metrics/evaluate.json:test_accuracy", "-S", "train.lr=0.1", "--trials", "1")
+    assert "validation_accuracy" in json.loads((swept.folder / "result.json").read_text())["metric"]
+    found = swept.command(*command[:-4], *BATCHES, "--name", "tested", "--trials", "1", "--json")
+    assert "note: test_accuracy chooses the best trial" in found.stderr
+
+
+def test_a_space_is_read_as_hydra_means_it() -> None:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    space = read_space(
+        [
+            "a=interval(0,1)",
+            "b=int(interval(1,8))",
+            "c=tag(log,interval(1e-3,1))",
+            "d=choice(x,2)",
+            "e=range(0,5,2)",
+            "f=1",
+        ]
+    )
+    assert space == {
+        "a": FloatDistribution(0, 1),
+        "b": IntDistribution(1, 8),
+        "c": FloatDistribution(1e-3, 1, log=True),
+        "d": CategoricalDistribution(["x", "2"]),
+        "e": IntDistribution(0, 4, step=2),
+    }
+    assert values_of("e", space["e"]) == [0, 2, 4]
