@@ -3,6 +3,7 @@
 python -m commands.replicate --seeds 10                                   the current params, seeds 0 to 9
 python -m commands.replicate --seeds 5 -S train.activation=relu           another recipe, as in `dvc exp run`
 python -m commands.replicate --seeds 8 --jobs 2 -S train.threads=1        two at a time
+python -m commands.replicate --seeds 50 --ray 10.0.0.1:6379               on a Ray cluster, see docs/scale.md
 python -m commands.replicate --seeds 3 --json                             for a program
 
 Each seed is a separate experiment, `NAME-SEED` in `dvc exp show`, run in a temporary folder: the workspace does not
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from commands.trials import Here, Trial, experiments, read_baseline
+from commands.trials import Trial, add_arguments, experiments, open_place, read_baseline
 
 METRIC = "test_accuracy"
 CHANCE = 2.0  # below so many times what a guess has, nothing was learnt
@@ -27,14 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="run seeds 0 to N-1 (default: 10)")
     parser.add_argument("-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", help="as in dvc exp run")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at a time (default: 1)")
+    add_arguments(parser)
     parser.add_argument("--name", default="replicate", help="name of the experiments, before a hash of what they run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if args.seeds < 1:
         sys.exit(f"error: expected --seeds of at least 1, found {args.seeds}")
-    if args.jobs < 1:
-        sys.exit(f"error: expected --jobs of at least 1, found {args.jobs}")
     import dvc.api
     from tqdm import tqdm
 
@@ -44,15 +43,20 @@ def main() -> None:
     name = f"{args.name}-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
     seeds = {f"{name}-{seed}": seed for seed in range(args.seeds)}
     trials = (Trial(one, (*args.set_param, f"train.seed={seed}")) for one, seed in seeds.items())
-    with Here(baseline, args.jobs) as place, tqdm(total=args.seeds, desc=name, unit="seed", disable=None) as bar:
-        for trial, reason in place.run(trials):
-            if reason:
-                sys.exit(f"error: {trial.name} failed: {reason}")
-            bar.update()
+    try:
+        with open_place(baseline, args) as place, tqdm(total=args.seeds, desc=name, unit="seed", disable=None) as bar:
+            for trial, reason in place.run(trials):
+                if reason:
+                    sys.exit(f"error: {trial.name} failed: {reason}")
+                bar.update()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     revs = experiments(baseline.folder, baseline.rev)
-    results = {seed: dvc.api.metrics_show(rev=revs[one]) for one, seed in seeds.items()}
-    guess = 1 / len(results[0]["f1"])  # metrics/per_class.json has one of each class
-    summary = summarize({seed: metrics[METRIC] for seed, metrics in results.items()}, guess)
+    # Unlike metrics_show, read fetches what a cluster has pushed.
+    results = {seed: json.loads(dvc.api.read("metrics/evaluate.json", rev=revs[one])) for one, seed in seeds.items()}
+    classes = json.loads(dvc.api.read("metrics/per_class.json", rev=revs[f"{name}-0"]))["f1"]
+    summary = summarize({seed: metrics[METRIC] for seed, metrics in results.items()}, 1 / len(classes))
     if args.json:
         print(json.dumps({"name": name, "set_param": args.set_param, **summary}, indent=2))
     else:

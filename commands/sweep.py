@@ -4,6 +4,8 @@ python -m commands.sweep --trials 40 -S 'train.lr=tag(log,interval(1e-3,1e-1))' 
 python -m commands.sweep --trials 20 --jobs 2 -S train.threads=1 -S 'train.lr=interval(0.001,0.05)' --name lr
 python -m commands.sweep --sampler grid -S 'train.seed=range(0,3)' -S train.activation=sigmoid,relu --name grid
 python -m commands.sweep --trials 9 --metric metrics/train.json:validation_loss -S 'train.epochs=range(1,6)' --md
+python -m commands.sweep --trials 99 --ray 10.0.0.1:6379 -S 'train.lr=interval(0.001,0.1)'       on a Ray cluster
+python -m commands.sweep --trials 27 --budget 1,5 -S 'train.lr=interval(0.001,0.1)'   1 epoch; 5 for the best third
 
 -S has Hydra's sweep syntax, as in `dvc exp run`: choice(a,b), a,b, range(start,stop,step), interval(low,high),
 int(interval(low,high)), tag(log,interval(low,high)); one value is set for all trials. Trials run in temporary folders:
@@ -26,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from commands.trials import Baseline, Here, Trial, experiments, read_baseline
+from commands.sweep_result import draw, importances, publish, show
+from commands.trials import Baseline, Cluster, Here, Trial, add_arguments, experiments, open_place, read_baseline
+from dvc_mlflow.command import configure
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
 
 METRIC = "metrics/train.json:validation_accuracy"
 FOLDER = Path(".dvc", "tmp", "sweeps")  # DVC keeps .dvc/tmp out of git
-SHOWN = 10  # rows of the table
 
 
 def main() -> None:
@@ -51,23 +54,30 @@ def main() -> None:
     direction.add_argument("--maximize", action="store_true", help="high is best (default: by the metric's name)")
     direction.add_argument("--minimize", action="store_true", help="low is best")
     parser.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help="default: tpe")
+    parser.add_argument(
+        "--budget",
+        metavar="[KEY=]A,B,…",
+        help="successive halving: run all trials with A, the best third with B, … (KEY: train.epochs by default)",
+    )
     parser.add_argument("--name", default="sweep", help="name of the sweep, and of its experiments (default: sweep)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (default: 1)")
+    add_arguments(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--md", action="store_true", help="print Markdown")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # Optuna's, of what is experimental
+    configure()
     space = read_space(args.set_param)
     check(args, space)
+    budget = read_budget(args.budget, args.set_param)
     baseline = read_baseline()
-    check_params(baseline.folder, args.set_param, space)
+    check_params(baseline.folder, [*args.set_param, *budget], space)
     check_metric(baseline.folder, args.metric)
     folder = baseline.folder / FOLDER / args.name
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
-            result = Sweep(args, space, baseline, folder).run()
+            result = Sweep(args, space, budget, baseline, folder).run()
     except Timeout:
         sys.exit(f"error: expected to run sweep {args.name} alone, found a command that runs it; wait, or use --name")
     except KeyboardInterrupt:
@@ -76,7 +86,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        show(result, args.md)
+        print(show(result, args.md))
     if result["best"] is None:
         sys.exit(f"error: expected a trial that succeeds, found none of {len(result['trials'])}")
 
@@ -142,12 +152,27 @@ def check(args: argparse.Namespace, space: "Mapping[str, BaseDistribution]") -> 
     if args.sampler == "grid":
         grid = math.prod(len(values_of(key, one)) for key, one in space.items())
         args.trials = min(args.trials or grid, grid)
-    for option in ("trials", "jobs"):
-        value = getattr(args, option)
-        if value is None or value < 1:
-            sys.exit(f"error: expected --{option} of at least 1, found {'none' if value is None else value}")
+    if args.trials is None or args.trials < 1:
+        sys.exit(f"error: expected --trials of at least 1, found {args.trials or 'none'}")
     if "test" in key.lower():
         print(f"note: {key} chooses the best trial, so it is no estimate of how good that trial is", file=sys.stderr)
+
+
+def read_budget(text: str | None, set_param: list[str]) -> list[str]:
+    """The changes of each rung, such as train.epochs=1; [] without a budget. Exits if they do not rise."""
+    if text is None:
+        return []
+    key, _, values = text.rpartition("=")
+    key = key or "train.epochs"
+    try:
+        numbers = [float(value) for value in values.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) < 2 or numbers != sorted(set(numbers)):
+        sys.exit(f"error: expected --budget of at least two rising numbers, such as 1,5, found {text}")
+    if key in {argument.partition("=")[0] for argument in set_param}:
+        sys.exit(f"error: expected --budget alone to set {key}, found -S {key}=…, too; remove one")
+    return [f"{key}={value}" for value in values.split(",")]
 
 
 def values_of(key: str, space: "BaseDistribution") -> list[Any]:
@@ -194,18 +219,12 @@ def _first(space: "BaseDistribution") -> list[Any]:
 
 def check_metric(folder: Path, metric: str) -> None:
     """Exit if the pipeline declares no such metrics file, or if the file is there without the key."""
-    from dvc.exceptions import DvcException
-
-    from dvc_mlflow.project import Project
-    from dvc_mlflow.text import UserError
+    from dvc_mlflow.command import open_project
 
     path, _, key = metric.rpartition(":")
-    try:
-        project = Project(folder)
+    with open_project() as project:
         stages = project.stages.values()
-        declared = {path for stage in stages for path in project.declared(stage, [], project.outs(stage)).metrics}
-    except (UserError, DvcException) as error:
-        sys.exit(f"error: {error}")
+        declared = {one for stage in stages for one in project.declared(stage, [], project.outs(stage)).metrics}
     if path not in declared:
         sys.exit(f"error: expected a metrics file of dvc.yaml, found {path}; it has {', '.join(sorted(declared))}")
     if (folder / path).exists():
@@ -231,40 +250,53 @@ def find_metric(path: str, key: str, text: str, where: str) -> float:
 
 @dataclass
 class Sweep:
-    """A sweep: its options, what varies, where it starts, and the folder with Optuna's record of it."""
+    """A sweep: its options, what varies, what its rungs set, where it starts, and the folder with Optuna's record."""
 
     args: argparse.Namespace
     space: "Mapping[str, BaseDistribution]"
+    budget: list[str]
     baseline: Baseline
     folder: Path
 
     def run(self) -> dict[str, Any]:
         """Run the trials that are missing; return the result."""
+        rungs: list[Study] = []
+        with open_place(self.baseline, self.args) as place:
+            for budget in self.budget or [""]:
+                study = self.open(budget)
+                if rungs:
+                    promote(rungs[-1], study)
+                self.run_rung(study, budget, self.args.trials if not rungs else len(study.trials), place)
+                rungs.append(study)
+        result = self.result(rungs)
+        if self.record(rungs[0], result):
+            publish(self.baseline, self.folder, result)
+        return result
+
+    def run_rung(self, study: "Study", budget: str, total: int, place: Here | Cluster) -> None:
+        """Run the trials of one rung, or of a sweep without a budget."""
         from tqdm import tqdm
 
-        study = self.open()
-        total = max(self.args.trials, len(study.trials)) if self.args.sampler != "grid" else self.args.trials
-        with (
-            Here(self.baseline, self.args.jobs) as place,
-            tqdm(total=total, desc=self.args.name, unit="trial", disable=None) as bar,
-        ):
-            ended = [trial for trial in study.trials if trial.state.is_finished()]
-            bar.update(len(ended))
-            for trial, reason in place.run(self.trials(study)):
-                number = int(trial.name.rpartition("-")[2])
-                self.tell(study, number, trial.name, reason)
+        ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+        with tqdm(
+            total=max(total, ended),
+            desc=" ".join([self.args.name, budget]).strip(),
+            unit="trial",
+            disable=None,
+        ) as bar:
+            bar.update(ended)
+            for trial, reason in place.run(self.trials(study, budget, total)):
+                self.tell(study, trial, reason)
                 bar.update()
                 with contextlib.suppress(ValueError):  # none has succeeded yet
-                    bar.set_postfix_str(f"best {study.best_value:.4f} ({self.name(study.best_trial.number)})")
-        self.record(study)
-        return self.result(study)
+                    bar.set_postfix_str(f"best {study.best_value:.4f} ({self.name(study.best_trial, budget)})")
 
-    def name(self, number: int) -> str:
-        """The experiment of a trial."""
-        return f"{self.args.name}-{number}"
+    def name(self, trial: "FrozenTrial", budget: str) -> str:
+        """The experiment of a trial: NAME-7, or NAME-7-5 if its rung sets 5."""
+        return "-".join([self.args.name, str(number_of(trial)), *budget.rpartition("=")[2:]]).rstrip("-")
 
-    def open(self) -> "Study":
-        """Optuna's record of this sweep, new or as it was left. Exits if it is that of another sweep."""
+    def open(self, budget: str) -> "Study":
+        """Optuna's record of this sweep, or of a rung, new or as it was left. Exits if it is that of another sweep."""
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -277,22 +309,23 @@ class Sweep:
             "--metric": self.args.metric,
             "direction": "maximize" if self.args.maximize else "minimize",
             "--sampler": self.args.sampler,
+            "--budget": self.args.budget,
         }
         study = optuna.create_study(
-            study_name=self.args.name,
+            study_name=budget or self.args.name,
             storage=JournalStorage(JournalFileBackend(str(self.folder / "journal"))),
             direction=settings["direction"],
             load_if_exists=True,
         )
-        before = study.user_attrs.get("settings")
-        name = self.args.name
+        before, name = study.user_attrs.get("settings"), self.args.name
         if before is None:
             known = experiments(self.baseline.folder, self.baseline.rev)
-            if taken := [one for one in known if re.fullmatch(rf"{name}-\d+", one)]:
+            end = f"-{budget.rpartition('=')[2]}" if budget else ""
+            if taken := [one for one in known if re.fullmatch(rf"{name}-\d+{re.escape(end)}", one)]:
                 sys.exit(
                     f"error: expected no experiment {taken[0]} before sweep {name}, found one; --name another sweep"
                 )
-            if self.args.sampler == "grid":
+            if self.args.sampler == "grid" and budget in ("", *self.budget[:1]):
                 for values in grid(self.space):
                     study.enqueue_trial(values)
             study.set_user_attr("settings", settings)
@@ -304,97 +337,140 @@ class Sweep:
             )
         return study
 
-    def trials(self, study: "Study") -> Iterator[Trial]:
+    def trials(self, study: "Study", budget: str, total: int) -> Iterator[Trial]:
         """The trials that were cut off, then new ones, each chosen when it is asked for."""
         from optuna.samplers import RandomSampler, TPESampler
         from optuna.trial import TrialState
 
         for left in study.get_trials(states=[TrialState.RUNNING]):
-            yield self.trial(left.number, left.params)
-        while len([one for one in study.trials if one.state != TrialState.WAITING]) < self.args.trials:
+            yield self.trial(left, budget)
+        while sum(one.state != TrialState.WAITING for one in study.get_trials(deepcopy=False)) < total:
             # What is chosen depends on the trials before and on its number alone: not on interruptions.
-            number = len(study.trials)
+            number = len(study.get_trials(deepcopy=False))
             tpe = self.args.sampler == "tpe"
             study.sampler = TPESampler(seed=number, constant_liar=True) if tpe else RandomSampler(seed=number)
             asked = study.ask(dict(self.space))
-            yield self.trial(asked.number, asked.params)
+            yield self.trial(study.get_trials(deepcopy=False)[asked.number], budget)
 
-    def trial(self, number: int, params: Mapping[str, Any]) -> Trial:
+    def trial(self, trial: "FrozenTrial", budget: str) -> Trial:
         fixed = [argument for argument in self.args.set_param if argument.partition("=")[0] not in self.space]
-        changes = (*fixed, *(f"{key}={value}" for key, value in params.items()))
-        return Trial(self.name(number), changes, {"sweep": self.args.name, "sweep.trial": str(number)})
+        changes = (*fixed, *(f"{key}={value}" for key, value in trial.params.items()), *([budget] if budget else []))
+        return Trial(self.name(trial, budget), changes, self.tags(number_of(trial), budget))
 
-    def tell(self, study: "Study", number: int, experiment: str, reason: str) -> None:
+    def tags(self, number: int, budget: str) -> dict[str, str]:
+        """The tags of a trial's rows in MLflow."""
+        rung = {"sweep.budget": budget} if budget else {}
+        return {"sweep": self.args.name, "sweep.trial": str(number), **rung}
+
+    def tell(self, study: "Study", ended: Trial, reason: str) -> None:
         """Record how a trial ended. Exits if its experiment has no such metric."""
         import dvc.api
         from optuna.trial import TrialState
 
+        number = int(ended.tags["sweep.trial"])
+        (trial,) = [one for one in study.get_trials(deepcopy=False) if number_of(one) == number]
         value = math.nan
         if not reason:
             path, _, key = self.args.metric.rpartition(":")
-            rev = experiments(self.baseline.folder, self.baseline.rev)[experiment]
-            value = find_metric(path, key, dvc.api.read(path, rev=rev), f"{path} of {experiment}")
+            rev = experiments(self.baseline.folder, self.baseline.rev)[ended.name]
+            value = find_metric(path, key, dvc.api.read(path, rev=rev), f"{path} of {ended.name}")
             reason = f"its {key} is not a number" if math.isnan(value) else ""
         if reason:
-            study._storage.set_trial_user_attr(study.trials[number]._trial_id, "reason", reason)
-            study.tell(number, state=TrialState.FAIL)
+            study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+            study.tell(trial.number, state=TrialState.FAIL)
         else:
-            study.tell(number, value)
+            study.tell(trial.number, value)
 
     # The end
 
-    def record(self, study: "Study") -> None:
-        """Add what MLflow lacks of the trials: rows of those that DVC's run cache served, or that an outage cost."""
-        from optuna.trial import TrialState
-
-        known = set(study.user_attrs.get("recorded", []))
-        new = {one.number for one in study.get_trials(states=[TrialState.COMPLETE])} - known
-        if not new:
-            return
-        from dvc_mlflow.history import sync_history
-        from dvc_mlflow.project import Project
-        from dvc_mlflow.store import Store, describe, quiet
-
-        quiet()
-        revs = experiments(self.baseline.folder, self.baseline.rev)
-        try:
-            store = Store(Project(self.baseline.folder))
-            found = list(sync_history(store, [revs[self.name(number)] for number in sorted(new)], fetch=False))
-            for number in sorted(new):
-                for run in store.search({"dvc.exp_name": self.name(number)}):
-                    for key, value in self.trial(number, {}).tags.items():
-                        if run.data.tags.get(key) != value:
-                            store.client.set_tag(run.info.run_id, key, value)
-        except Exception as error:  # the store's, of any kind: it costs the record, not the result
-            found = [(f"{describe(error)}; the same command records the trials later", True)]
-        for line, failed in found:
-            if failed:
-                print(f"warning: {line}", file=sys.stderr)
-        if not any(failed for _, failed in found):
-            study.set_user_attr("recorded", sorted(known | new))
-
-    def result(self, study: "Study") -> dict[str, Any]:
-        """What the sweep found, as JSON has it."""
-        from optuna.trial import TrialState
-
-        best = study.best_trial if study.get_trials(states=[TrialState.COMPLETE]) else None
+    def result(self, rungs: "list[Study]") -> dict[str, Any]:
+        """What the sweep found, as JSON has it; draws the figures."""
+        rows = [
+            self.row(trial, budget)
+            for study, budget in zip(rungs, self.budget or [""], strict=True)
+            for trial in study.trials
+            if trial.state.is_finished()
+        ]
+        succeeded = [row for row in rows if row["value"] is not None]
+        last = [row for row in succeeded if row.get("budget") == succeeded[-1].get("budget")]
+        metric = self.args.metric.rpartition(":")[2]
+        best = (max if self.args.maximize else min)(last, key=lambda row: row["value"], default=None)
         return {
             "name": self.args.name,
             "metric": self.args.metric,
-            "direction": study.direction.name.lower(),
-            "best": None if best is None else self.name(best.number),
-            "trials": [self.row(trial) for trial in study.trials if trial.state.is_finished()],
+            "direction": "maximize" if self.args.maximize else "minimize",
+            "best": best and best["experiment"],
+            "importances": importances(rungs[0]),
+            "figures": [str(path.relative_to(self.baseline.folder)) for path in draw(rungs[0], metric, self.folder)],
+            "trials": rows,
         }
 
-    def row(self, trial: "FrozenTrial") -> dict[str, Any]:
+    def row(self, trial: "FrozenTrial", budget: str) -> dict[str, Any]:
         reason = {"reason": trial.user_attrs["reason"]} if "reason" in trial.user_attrs else {}
         return {
-            "experiment": self.name(trial.number),
+            "experiment": self.name(trial, budget),
+            "trial": number_of(trial),
             "state": "failed" if reason else "complete",
             "value": trial.value,
+            **({"budget": budget} if budget else {}),
             "params": trial.params,
             **reason,
         }
+
+    def record(self, study: "Study", result: Mapping[str, Any]) -> bool:
+        """Add what MLflow lacks of the trials: rows of those that DVC's run cache served, or that an outage cost.
+
+        `study` keeps which trials were recorded. Returns whether there were new ones.
+        """
+        known = set(study.user_attrs.get("recorded", []))
+        names = {row["experiment"]: row for row in result["trials"]}
+        new = [name for name, row in names.items() if name not in known and row["value"] is not None]
+        if not names.keys() - known:
+            return False
+        from dvc_mlflow.history import sync_history
+        from dvc_mlflow.project import Project
+        from dvc_mlflow.store import Store, describe
+
+        revs = experiments(self.baseline.folder, self.baseline.rev)
+        try:
+            store = Store(Project(self.baseline.folder))
+            for run in store.search({"sweep": self.args.name}, "RUNNING"):  # all trials have ended: its node was lost
+                store.terminate(run.info.run_id, "KILLED")
+            fetch = self.args.ray not in (None, "local")
+            lines = list(sync_history(store, [revs[name] for name in new], fetch)) if new else []
+            for name in new:
+                tags = self.tags(names[name]["trial"], names[name].get("budget", ""))
+                for run in store.search({"dvc.exp_name": name}):
+                    for key, value in tags.items():
+                        if run.data.tags.get(key) != value:
+                            store.client.set_tag(run.info.run_id, key, value)
+        except Exception as error:  # the store's, of any kind: it costs the record, not the result
+            lines = [(f"{describe(error)}; the same command records the trials later", True)]
+        for line, failed in lines:
+            if failed:
+                print(f"warning: {line}", file=sys.stderr)
+        if any(failed for _, failed in lines):
+            return False
+        study.set_user_attr("recorded", sorted(known | names.keys()))
+        return True
+
+
+def number_of(trial: "FrozenTrial") -> int:
+    """The number of a trial in the first rung."""
+    return trial.user_attrs.get("number", trial.number)
+
+
+def promote(rung: "Study", later: "Study") -> None:
+    """Put the best third of a rung into the next one."""
+    from optuna.study import StudyDirection
+    from optuna.trial import TrialState
+
+    done = rung.get_trials(states=[TrialState.COMPLETE])
+    sign = -1 if rung.direction == StudyDirection.MAXIMIZE else 1
+    known = {number_of(trial) for trial in later.trials}
+    for trial in sorted(done, key=lambda one: (sign * one.value, one.number))[: math.ceil(len(done) / 3)]:  # type: ignore[operator]
+        if number_of(trial) not in known:
+            later.enqueue_trial(trial.params, user_attrs={"number": number_of(trial)})
 
 
 def grid(space: "Mapping[str, BaseDistribution]") -> Iterator[dict[str, Any]]:
@@ -408,48 +484,6 @@ def grid(space: "Mapping[str, BaseDistribution]") -> Iterator[dict[str, Any]]:
 def _plain(value: Any) -> str:
     text = " ".join(value) if isinstance(value, list) else str(value)
     return text[:60] or "none"
-
-
-def show(result: Mapping[str, Any], markdown: bool) -> None:
-    """Print the best trials, why others failed, and how to apply the best."""
-    key = result["metric"].rpartition(":")[2]
-    sign = -1 if result["direction"] == "maximize" else 1
-    ranked = sorted((row for row in result["trials"] if row["value"] is not None), key=lambda row: sign * row["value"])
-    params = list(dict.fromkeys(param for row in ranked for param in row["params"]))
-    table = [
-        (row["experiment"], _number(row["value"]), *(_number(row["params"][param]) for param in params))
-        for row in ranked[:SHOWN]
-    ]
-    if table:
-        _print_table(["experiment", key, *params], table, markdown)
-    if len(ranked) > SHOWN:
-        print(f"\n… and {len(ranked) - SHOWN} more: --json has them all")
-    for row in result["trials"]:
-        if "reason" in row:
-            print(f"{'- ' if markdown else ''}{row['experiment']} failed: {row['reason']}")
-    if result["best"]:
-        command = f"dvc exp apply {result['best']}"
-        print(f"\nApply the best: `{command}`" if markdown else f"\nApply the best:  {command}")
-
-
-def _print_table(heads: list[str], rows: list[tuple[str, ...]], markdown: bool) -> None:
-    if markdown:
-        for cells in (heads, ["---"] * len(heads), *rows):
-            print(f"| {' | '.join(cells)} |")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
 """Trials: runs of the pipeline as DVC experiments, several at a time. replicate and sweep share this module."""
 
+import argparse
+import contextlib
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import re
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from filelock import FileLock
 
 LOCKS = Path(".dvc", "tmp", "trials")  # DVC keeps .dvc/tmp out of git
+DVC = (sys.executable, "-m", "dvc")
+REMOTE = "origin"  # where a cluster's nodes get the project from: DVC's default for experiments, too
+RETRIES = 5  # of a trial whose node dies
+CONNECT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -76,15 +87,17 @@ def run(folder: Path, rev: str, trial: Trial) -> str:
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
     with (folder / LOCKS / f"{trial.name}.lock").open("w") as own:
         fcntl.flock(own, fcntl.LOCK_EX)  # DVC holds it, too: it may still run a trial of a command that was killed
-        if trial.name in experiments(folder, rev):
-            return ""
+        message = f"{trial.name}: {' '.join(trial.changes)}"
+        if found := experiments(folder, rev).get(trial.name):
+            said = _git(folder, "log", "-1", "--format=%B", found).decode().strip()
+            return "" if said == message else f"another experiment has this name: {said.splitlines()[0]}"
         changes = [argument for change in trial.changes for argument in ("--set-param", change)]
         output: list[str] = []
         # DVC puts each experiment on a stash, and takes the first one from it: one of two that start at once may take
         # the other's.
         with FileLock(folder / LOCKS / "start"):
             process = subprocess.Popen(
-                [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", trial.name, *changes],
+                [*DVC, "exp", "run", "--temp", "--name", trial.name, "--message", message, *changes],
                 cwd=folder,
                 env=os.environ | _environment(trial),
                 stdin=subprocess.DEVNULL,
@@ -121,6 +134,27 @@ def _reason(output: list[str]) -> str:
     return "it was killed"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say where trials run."""
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="trials at a time (default: 1, or what the cluster holds)"
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="run trials as Ray tasks, on the cluster at host:port, or on this machine if none is given",
+    )
+
+
+def open_place(baseline: Baseline, args: argparse.Namespace) -> "Here | Cluster":
+    """Where to run trials. Exits if that cannot be."""
+    if args.jobs is not None and args.jobs < 1:
+        sys.exit(f"error: expected --jobs of at least 1, found {args.jobs}")
+    return Here(baseline, args.jobs or 1) if args.ray is None else Cluster(baseline, args.jobs, args.ray)
+
+
 class Here:
     """Runs trials on this machine, at most `jobs` at a time."""
 
@@ -149,6 +183,218 @@ class Here:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(done), done.result()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a Ray task finds the project: in this folder, or at this address of a git repository."""
+
+    folder: str
+    url: str
+    rev: str
+    identity: Mapping[str, str]  # git's configuration for the commits of experiments
+    env: Mapping[str, str]
+
+
+class Cluster:
+    """Runs trials as Ray tasks: on this machine, in the project itself, or on nodes that clone it and push results."""
+
+    def __init__(self, baseline: Baseline, jobs: int | None, address: str) -> None:
+        """`address` is Ray's, or `local` for a cluster on this machine that ends with the command.
+
+        Exits if nothing answers, or if the nodes could not get the project.
+        """
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_DEDUP_LOGS": "0"}
+        self._baseline, self._jobs, self.remote = baseline, jobs, address != "local"
+        url = _check_remotes(baseline) if self.remote else ""
+        _check_answers(address)
+        import dvc.api
+        import ray
+
+        try:
+            new: Any = {"include_dashboard": False, "object_store_memory": 100 << 20} if not self.remote else {}
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **new)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            sys.exit(f"error: expected a Ray cluster at {address}, found none: {str(error).splitlines()[0]}")
+        self._ray, self._params = ray, dvc.api.params_show().get("train", {})
+        identity = {key: _git(baseline.folder, "config", key).decode().strip() for key in ("user.name", "user.email")}
+        env = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME") if key in os.environ}
+        self._source = Source("" if self.remote else str(baseline.folder), url, baseline.rev, identity, env)
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes have no code of this project
+        self._task = ray.remote(max_retries=RETRIES)(work)
+
+    def __enter__(self) -> Self:
+        signal.signal(signal.SIGTERM, _exit)
+        self._redirected = contextlib.redirect_stdout(sys.stderr)  # Ray says there that a node is lost
+        self._redirected.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+        self._redirected.__exit__(None, None, None)
+
+    def run(self, trials: Iterator[Trial]) -> Iterator[tuple[Trial, str]]:
+        """Yield each trial as it ends, with the reason if it failed; take the next one if the cluster has room."""
+        running: dict[Any, Trial] = {}
+        while True:
+            while len(running) < self._slots() and (trial := next(trials, None)):
+                running[self._task.options(**self._needs(trial)).remote(self._source, trial)] = trial
+            if not running:
+                return
+            (done, *_), _ = self._ray.wait([*running], num_returns=1)
+            trial = running.pop(done)
+            try:
+                reason, trouble = self._ray.get(done)
+            except self._ray.exceptions.RayError as error:
+                reason, trouble = "", f"Ray lost {trial.name}: {_last(str(error))}"
+            if trouble:
+                sys.exit(f"error: {trouble}; the same command goes on")
+            if not reason and self.remote:
+                ref = _ref(self._baseline.rev, trial.name)
+                _git(self._baseline.folder, "fetch", "--quiet", REMOTE, f"{ref}:{ref}")
+            yield trial, reason
+
+    def _needs(self, trial: Trial) -> dict[str, int]:
+        """The CPUs and GPUs of a trial, by its params train.threads and train.device. Exits if no node has them."""
+        params = dict(self._params)
+        for change in trial.changes:
+            key, _, value = change.partition("=")
+            params[key.removeprefix("train.")] = value
+        threads = str(params.get("threads", 1))
+        need = {"num_cpus": int(threads) if threads.isdigit() else 1, "num_gpus": int(params.get("device") == "cuda")}
+        cpus, gpus = need.values()
+        most = max((node.get("CPU", 0) for node in self._nodes() if node.get("GPU", 0) >= gpus), default=0)
+        if most < cpus:
+            sys.exit(
+                f"error: expected a node with {cpus} CPU(s) and {gpus} GPU(s) for {trial.name}, found at most "
+                f"{most:.0f} CPU(s); train.threads and train.device decide"
+            )
+        return need
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _slots(self) -> int:
+        threads = str(self._params.get("threads", 1))
+        room = sum(int(node.get("CPU", 0)) // (int(threads) if threads.isdigit() else 1) for node in self._nodes())
+        return min(self._jobs or room, max(room, 1))
+
+
+def _check_remotes(baseline: Baseline) -> str:
+    """The address of the git remote, from which nodes clone. Exits if they could not, or could not push results."""
+    folder = baseline.folder
+    if baseline.patch:
+        sys.exit("error: expected committed changes only, found others, which a cluster does not see; commit first")
+    found = subprocess.run(["git", "remote", "get-url", REMOTE], cwd=folder, capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(
+            f"error: expected a git remote {REMOTE} for the nodes to clone, found none; `git remote add {REMOTE} …`"
+        )
+    fetched = subprocess.run(["git", "fetch", "--quiet", REMOTE], cwd=folder, capture_output=True, text=True)
+    if fetched.returncode:
+        sys.exit(f"error: expected git remote {REMOTE} to answer, found: {_last(fetched.stderr)}")
+    if not _git(folder, "branch", "--remotes", "--contains", baseline.rev).strip():
+        sys.exit(f"error: expected commit {baseline.rev[:7]} in git remote {REMOTE}, found none; `git push` first")
+    ref = _ref(baseline.rev, "*")
+    known = subprocess.run(["git", "fetch", "--quiet", REMOTE, f"{ref}:{ref}"], cwd=folder, capture_output=True)
+    if known.returncode:
+        sys.exit(f"error: expected the same experiments here and in git remote {REMOTE}, found some that have diverged")
+    config = subprocess.run([*DVC, "config", "--project", "core.remote"], cwd=folder, capture_output=True)
+    if config.returncode:
+        sys.exit("error: expected a default DVC remote for the results, found none; `dvc remote add --default …`")
+    return found.stdout.strip()
+
+
+def _check_answers(address: str) -> None:
+    """Exit if nothing listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        except OSError as error:
+            sys.exit(f"error: expected a Ray cluster at {address}, found none: {error}")
+    elif address not in ("local", "auto"):
+        sys.exit(f"error: expected a Ray address such as 10.0.0.1:6379, found {address}")
+
+
+def work(source: Source, trial: Trial) -> tuple[str, str]:
+    """Run a trial in a Ray task. Return why it failed or "", and what kept it from being run or pushed or ""."""
+    os.environ |= source.env
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray's; the stages set their own
+    if not source.url:
+        return run(Path(source.folder), source.rev, trial), ""
+    try:
+        folder, ref = clone(source), _ref(source.rev, trial.name)
+        if _pushed(folder, ref):  # by a node that was lost before it could say so: the trial is done
+            _git(folder, "fetch", "--quiet", REMOTE, f"+{ref}:{ref}")
+        reason = run(folder, source.rev, trial)
+        if not reason:
+            push(folder, source, trial)
+    except subprocess.CalledProcessError as error:
+        command = " ".join(map(str, error.cmd[:4]))
+        return "", f"expected `{command} …` to work on a node, found: {_last(error.stderr.decode())}"
+    except OSError as error:
+        return "", f"expected to run {trial.name} on a node, found {error}"
+    return reason, ""
+
+
+def clone(source: Source) -> Path:
+    """This node's clone of the project at the commit, with the data that the DVC remote has."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    parent = Path(tempfile.gettempdir()) / f"dvc-trials-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    status = parent.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise OSError(f"{parent} is not a folder of this user")
+    key = hashlib.sha256(f"{source.url} {source.rev} {node}".encode()).hexdigest()[:16]
+    folder = parent / key
+    with FileLock(f"{folder}.lock"):
+        if not (folder / ".git" / "complete").exists():
+            if not folder.exists():
+                _git(parent, "clone", "--quiet", "--no-checkout", source.url, key)
+            _git(folder, "checkout", "--quiet", "--detach", source.rev)
+            for name, value in source.identity.items():
+                _git(folder, "config", name, value)
+            _dvc(folder, "pull", "--allow-missing")  # what the remote lacks, the stages make
+            (folder / ".git" / "complete").touch()
+    return folder
+
+
+def push(folder: Path, source: Source, trial: Trial) -> None:
+    """Push what the experiment made to the DVC remote, then the experiment to the git remote: there, it is whole."""
+    ref = _ref(source.rev, trial.name)
+    own = _git(folder, "rev-parse", ref).decode().strip()
+    if other := _pushed(folder, ref):
+        _git(folder, "fetch", "--quiet", REMOTE, ref)
+        trees = {_git(folder, "rev-parse", f"{rev}^{{tree}}") for rev in (own, other)}
+        if len(trees) == 1:  # another node ran it, too: to the same bits
+            return
+        raise OSError(f"another experiment {trial.name} in git remote {REMOTE}")
+    with FileLock(folder / LOCKS / "start"):  # DVC's lock does not wait long
+        program = "import sys; from dvc.repo import Repo; Repo().push(revs=[sys.argv[1]], workspace=False)"
+        _checked(folder, [sys.executable, "-c", program, own])
+    _git(folder, "push", "--quiet", REMOTE, f"{ref}:{ref}")
+
+
+def _pushed(folder: Path, ref: str) -> str:
+    """The commit of an experiment in the git remote; "" if it is not there."""
+    return _git(folder, "ls-remote", REMOTE, ref).decode().partition("\t")[0]
+
+
+def _dvc(folder: Path, *arguments: str) -> None:
+    _checked(folder, [*DVC, *arguments])
+
+
+def _checked(folder: Path, command: list[str]) -> None:
+    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+
+
+def _last(text: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("hint:")]
+    return lines[-1] if lines else "nothing"
 
 
 def _exit(number: int, _: object) -> NoReturn:

@@ -242,7 +242,7 @@ class Store:
         start = content or start_of(execution, self.project)
         content_tags = {key: value for key, value in start.tags.items() if key != CLAIM}
         made_by = environment_tags() | hardware_tags() if live else {"restored": "true"}
-        tags = {**own_tags(), **content_tags, **process_tags(pid), **made_by}
+        tags = {**(own_tags() if live else {}), **content_tags, **process_tags(pid), **made_by}
         changes = changed_params(self.project, execution)
         tags |= {
             "mlflow.source.type": "LOCAL",

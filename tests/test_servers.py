@@ -1,11 +1,9 @@
 """MLflow failures never cost you work: a real server is stopped, hung and started again."""
 
 import http.server
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,45 +15,12 @@ import pytest
 from mlflow.entities import Run
 from support.commands import environment
 from support.project import STAGES, Project, copy, ran
-from support.servers import free_port, wait_for_server
+from support.servers import Server, free_port
 from support.store import Store
 
 from benchmarks.store import postgres as start_postgres
 
 MODEL = "models/lenet.safetensors"
-
-
-class Server:
-    """A real `mlflow server` on loopback, in a folder of its own, that can be stopped, hung and started again."""
-
-    def __init__(self, folder: Path, store: str) -> None:
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts"), "--workers", "1"),
-        ]
-        self.folder = folder
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=self.folder,
-            env=environment(),
-            stdout=(self.folder / "log").open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        wait_for_server(self.process, self.port, self.folder / "log")
-
-    def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)  # its session, and so its workers, too
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.signal(signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")

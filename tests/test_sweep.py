@@ -1,6 +1,7 @@
 """A sweep is a row of real experiments, chosen by Optuna, that goes on where it was."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import environment
-from support.project import Project, copy
+from support.project import ROOT, Project, copy
 from support.store import Store
 
 from commands.sweep import read_space, values_of
@@ -44,9 +45,9 @@ def test_each_trial_is_an_experiment_with_its_params(swept: Project) -> None:
 
 def test_the_value_is_the_metric_of_the_experiment(swept: Project) -> None:
     result = json.loads((swept.folder / "result.json").read_text())
-    for row in result["trials"]:
-        written = json.loads(swept.run("git", "show", f"{ref(swept, row['experiment'])}:metrics/train.json").stdout)
-        assert row["value"] == written["validation_accuracy"]
+    shown = json.loads(swept.dvc("metrics", "diff", "--json", "--all", "grid-0", "grid-1").stdout)["metrics/train.json"]
+    written = shown["validation_accuracy"]
+    assert [row["value"] for row in result["trials"]] == [written["old"], written["new"]]
     assert result["best"] == max(result["trials"], key=lambda row: row["value"])["experiment"]
 
 
@@ -57,6 +58,7 @@ def test_each_trial_has_its_rows_in_mlflow_with_sweep_and_number(swept: Project)
             (run,) = [run for run in store.runs(stage) if run.data.tags.get("sweep.trial") == number]
             assert run.info.status == "FINISHED"
             assert (run.data.tags["sweep"], run.data.tags["dvc.exp_name"]) == ("grid", f"grid-{number}")
+    assert "sweep" not in store.run("fetch").data.tags, "it belongs to no trial"
 
 
 def test_the_same_params_by_hand_give_the_same_bits(swept: Project, tmp_path: Path) -> None:
@@ -76,6 +78,50 @@ def test_a_sweep_that_is_done_runs_nothing_and_prints_the_result_again(swept: Pr
     assert json.loads(again.stdout) == json.loads((swept.folder / "result.json").read_text())
     assert {name: ref(swept, name) for name in experiments(swept)} == before
     assert "dvc exp apply grid-" in swept.command("sweep", *BATCHES, "--name", "grid", "--md").stdout
+
+
+def test_the_result_is_a_run_in_mlflow_with_table_and_figures(swept: Project) -> None:
+    store, result = Store(swept), json.loads((swept.folder / "result.json").read_text())
+    (run,) = store.client.search_runs([store.experiment_id], "tags.`sweep.result` LIKE 'grid %'")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["sweep.best"] == result["best"]
+    assert run.data.metrics["validation_accuracy"] == max(row["value"] for row in result["trials"])
+    names = {file.path for file in store.client.list_artifacts(run.info.run_id)}
+    assert names == {"history.png", "parallel.png", "result.json", "result.md"}
+    for figure in result["figures"]:
+        assert (swept.folder / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_trial_is_applied_by_the_command_it_prints(swept: Project, tmp_path: Path) -> None:
+    project = copy(swept, tmp_path)
+    shown = project.command("sweep", *BATCHES, "--name", "grid").stdout
+    *_, command, best = shown.split()
+    assert (command, best) == ("apply", json.loads((swept.folder / "result.json").read_text())["best"])
+    project.dvc("exp", "apply", best)
+    assert project.repro() == []
+    assert "agree" in project.command("audit").stdout
+
+
+def test_a_budget_promotes_the_best_third(project: Project) -> None:
+    command = (
+        "-S",
+        "train.lr=0.00001,0.01,0.00002",
+        "--sampler",
+        "grid",
+        "--budget",
+        "1,2",
+        "--name",
+        "half",
+        "--json",
+    )
+    result = json.loads(project.command("sweep", *command).stdout)
+    assert experiments(project) == ["half-0-1", "half-1-1", "half-1-2", "half-2-1"]
+    assert result["best"] == "half-1-2"
+    assert [run.data.tags["sweep.budget"] for run in Store(project).runs("train") if "sweep" in run.data.tags] == [
+        "train.epochs=2",
+        *["train.epochs=1"] * 3,
+    ]
+    assert json.loads(project.command("sweep", *command).stdout) == result
 
 
 def ref(project: Project, name: str) -> str:
@@ -146,6 +192,9 @@ BAD = {
     "--trials 2 -S train.lr=interval(0,1) --metric metrics/train.json:nothing --maximize": "validation_accuracy",
     "--trials 2 -S train.lr=interval(0,1) --metric metrics/train.json:nothing": "--maximize or --minimize",
     "--trials 2 -S train.lr=interval(0,1) --metric no.json:accuracy": "metrics/train.json",
+    "--trials 2 -S train.lr=interval(0,1) --budget 5,1": "two rising numbers",
+    "--trials 2 -S train.lr=interval(0,1) --budget lr=1,5": "found lr",
+    "--trials 2 -S train.epochs=range(1,5) --budget 1,5": "train.epochs",
     "--trials 2 -S train.lr=interval(0,1) --name grid": "name another sweep",
 }
 
@@ -197,3 +246,9 @@ def test_a_space_is_read_as_hydra_means_it() -> None:
         "e": IntDistribution(0, 4, step=2),
     }
     assert values_of("e", space["e"]) == [0, 2, 4]
+
+
+@pytest.mark.parametrize("package", ["stages", "dvc_mlflow"])
+def test_neither_the_science_nor_the_bridge_imports_optuna_or_ray(package: str) -> None:
+    for module in (ROOT / package).glob("*.py"):
+        assert not re.search(r"^\s*(import|from) (optuna|ray)\b", module.read_text(), re.MULTILINE), module

@@ -18,6 +18,8 @@ from support.project import PIPELINE, ROOT, STAGES, Project, ran
 from support.store import Store
 
 from dvc_mlflow.execution import flatten
+from dvc_mlflow.store import own_tags
+from dvc_mlflow.text import UserError
 from stages.dataset import read_dataset
 from stages.lenet import read_model
 from stages.stage import md5
@@ -278,3 +280,17 @@ def test_a_training_to_the_same_bytes_gets_the_evaluation_that_dvc_skips(project
     )
     assert evaluation.data.tags["mlflow.source.git.commit"] == again.data.tags["mlflow.source.git.commit"]
     project.command("audit")
+
+
+def test_tags_of_the_user_are_on_the_rows_of_what_runs(project: Project) -> None:
+    project.set("evaluate.batch_size", 50)
+    assert project.repro(MLFLOW_TAGS='{"team": "vision"}') == ["evaluate"]
+    store = Store(project)
+    assert [run.data.tags.get("team") for run in store.runs("evaluate")] == ["vision", None]
+
+
+@pytest.mark.parametrize("text", ["team=vision", "[]", '{"stage": "train"}', '{"dvc.execution": "0"}'])
+def test_tags_that_are_none_or_would_hide_what_ran_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TAGS", text)
+    with pytest.raises(UserError, match="MLFLOW_TAGS"):
+        own_tags()

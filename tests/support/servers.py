@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,39 @@ def wait_for_server(process: subprocess.Popen[bytes], port: int, log: Path) -> N
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
+
+
+class Server:
+    """A real `mlflow server` on loopback, in a folder of its own, that can be stopped, hung and started again."""
+
+    def __init__(self, folder: Path, store: str) -> None:
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts"), "--workers", "1"),
+        ]
+        self.folder = folder
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=environment(),
+            stdout=(self.folder / "log").open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        wait_for_server(self.process, self.port, self.folder / "log")
+
+    def signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)  # its session, and so its workers as well
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
 
 
 @contextlib.contextmanager

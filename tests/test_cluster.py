@@ -1,0 +1,201 @@
+"""Sweeps on Ray: real nodes that clone a bare git repository, an S3 server and an MLflow server."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from support.commands import environment
+from support.project import Project, copy
+from support.servers import S3, Server, free_port
+
+from benchmarks.store import postgres
+from commands.trials import Source, Trial, push
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+STORE: dict[str, Any] = {"object_store_memory": 80 << 20}
+
+
+@pytest.fixture
+def cluster(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of a head that runs nothing, and of two nodes with one CPU each that may use the S3 server."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # its path is short, since Ray has sockets in it
+    for key, value in (environment() | QUIET | s3.env | {"TMPDIR": folder}).items():
+        monkeypatch.setenv(key, value)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, **STORE)
+    yield cluster
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)  # processes of the lost node may still write
+
+
+@pytest.fixture
+def team(finished_project: Project, s3: S3, tmp_path: Path) -> Project:
+    """The project, committed and pushed to a bare git repository and to a DVC remote in S3."""
+    project = copy(finished_project, tmp_path)
+    address = ("remote", "add", "--default", "team", f"s3://team/{tmp_path.parent.name}-{tmp_path.name}")
+    project.dvc(*address)
+    project.dvc("remote", "modify", "team", "endpointurl", s3.uri)
+    project.commit("Add a remote")
+    project.run("git", "init", "-q", "--bare", "-b", "main", str(tmp_path / "bare.git"))
+    project.run("git", "remote", "add", "origin", str(tmp_path / "bare.git"))
+    project.run("git", "push", "-q", "origin", "main")
+    credentials: dict[str, Any] = s3.env
+    project.dvc("push", **credentials)
+    return project
+
+
+def refs(folder: Path) -> dict[str, str]:
+    """The experiments in a git repository, by name."""
+    listed = subprocess.run(
+        ["git", "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    return {line.rpartition("/")[2]: line.split()[0] for line in listed if "/exec/" not in line}
+
+
+def test_a_sweep_on_a_cluster_survives_a_node_and_leaves_everything_in_the_remotes(
+    team: Project,
+    cluster: Any,
+    s3: S3,
+    tmp_path: Path,
+    stress: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    trials = 6 if stress else 2
+    database = postgres() if stress else None
+    store = database.__enter__()("sweep") if database else f"sqlite:///{tmp_path / 'team.db'}"
+    server = Server(tmp_path, store)
+    try:
+        env: dict[str, Any] = s3.env | QUIET | {"MLFLOW_TRACKING_URI": server.uri}
+        command = ["--trials", str(trials), "--name", "far", "--ray", cluster.address, "--json"]
+        command += ["-S", "train.epochs=1", "-S", "train.lr=tag(log,interval(1e-3,1e-1))"]
+        sweep = subprocess.Popen(
+            [sys.executable, "-m", "commands.sweep", *command],
+            cwd=team.folder,
+            env=environment() | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if stress:
+            while len(refs(tmp_path / "bare.git")) < 2:
+                assert sweep.poll() is None, sweep.communicate()
+                time.sleep(0.1)
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        output, errors = sweep.communicate()
+        assert sweep.returncode == 0, errors
+        assert stress or errors == "", "Ray says that a node is lost"
+        result = json.loads(output)
+        names = [f"far-{number}" for number in range(trials)]
+        assert [(row["experiment"], row["state"]) for row in result["trials"]] == [(name, "complete") for name in names]
+        assert sorted(refs(tmp_path / "bare.git")) == names
+
+        client = mlflow.MlflowClient(server.uri)
+        experiment = client.get_experiment_by_name("fashion-mnist-lenet")
+        assert experiment
+        runs = client.search_runs([experiment.experiment_id])
+        assert "RUNNING" not in {run.info.status for run in runs}
+        for number in range(trials):
+            for stage in ("train", "evaluate"):
+                (row,) = [
+                    run
+                    for run in runs
+                    if (run.data.tags.get("sweep.trial"), run.data.tags.get("stage")) == (str(number), stage)
+                    and run.info.status == "FINISHED"
+                ]
+                assert row.data.tags["dvc.exp_name"] == f"far-{number}"
+
+        elsewhere = Project(tmp_path / "elsewhere")
+        team.run("git", "clone", "-q", str(tmp_path / "bare.git"), str(elsewhere.folder))
+        elsewhere.dvc("exp", "pull", "origin", *names, **env)
+        elsewhere.dvc("pull", **env)
+        elsewhere.dvc("exp", "apply", names[-1], **env)
+        assert elsewhere.repro(**env) == [], "the remote has all of it"
+        elsewhere.command("sync", **env)
+        assert "agree" in elsewhere.command("audit", **env).stdout
+        if stress:
+            by_hand = copy(team, tmp_path / "by hand")
+            for row in result["trials"]:
+                by_hand.set("train.epochs", 1)
+                by_hand.set("train.lr", row["params"]["train.lr"])
+                by_hand.repro()
+                locked = elsewhere.run("git", "show", f"{refs(elsewhere.folder)[row['experiment']]}:dvc.lock").stdout
+                assert locked == (by_hand.folder / "dvc.lock").read_text()
+            record_property("trials on a cluster that lost a node", trials)
+    finally:
+        server.stop()
+        if database:
+            database.__exit__(None, None, None)
+
+
+def test_ray_on_one_machine_needs_no_remote_and_no_set_up(project: Project) -> None:
+    command = ["-S", "train.epochs=1", "-S", "train.batch_size=16,32", "--sampler", "grid", "--ray", "--name", "near"]
+    result = json.loads(project.command("sweep", *command, "--json").stdout)
+    assert [row["state"] for row in result["trials"]] == ["complete"] * 2
+    assert sorted(refs(project.folder)) == ["near-0", "near-1"]
+    seeds = ["--seeds", "1", "--ray", "-S", "train.epochs=1", "--name", "seeds", "--json"]
+    assert json.loads(project.command("replicate", *seeds).stdout)["seeds"] == 1
+
+
+def test_a_remote_that_refuses_or_has_another_experiment_is_not_overwritten(project: Project, tmp_path: Path) -> None:
+    bare, trial = tmp_path / "bare.git", Trial("far-0", ())
+    project.dvc("remote", "add", "--default", "local", str(tmp_path / "storage"))
+    project.commit("Add a remote")
+    project.run("git", "init", "-q", "--bare", "-b", "main", str(bare))
+    project.run("git", "remote", "add", "origin", str(bare))
+    rev = project.run("git", "rev-parse", "HEAD").stdout.strip()
+    ref, source = f"refs/exps/{rev[:2]}/{rev[2:]}/far-0", Source("", str(bare), rev, {}, {})
+
+    def push_one(message: str, tree: str = "HEAD") -> str:
+        commit = project.run("git", "commit-tree", f"{tree}^{{tree}}", "-p", "HEAD", "-m", message).stdout.strip()
+        project.run("git", "update-ref", ref, commit)
+        push(project.folder, source, trial)
+        return commit
+
+    (bare / "hooks/pre-receive").write_text("#!/bin/sh\necho no entry >&2\nexit 1\n")
+    (bare / "hooks/pre-receive").chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        push_one("refused")
+    assert b"no entry" in refused.value.stderr
+    assert refs(bare) == {}
+    (bare / "hooks/pre-receive").unlink()
+    first = push_one("first")
+    push_one("the same bits, made again by another node")
+    with pytest.raises(OSError, match="another experiment far-0 in git remote origin"):
+        push_one("other bits", "HEAD~1")
+    assert refs(bare) == {"far-0": first}
+    assert list((tmp_path / "storage").rglob("??/*")), "the cache is there"
+
+
+def test_a_cluster_that_cannot_be_used_is_said_in_one_line(team: Project, tmp_path: Path, s3: S3) -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    line = f"sweep --trials 2 -S train.lr=interval(0,1) --name x --ray {nowhere}"
+
+    def reason(project: Project = team, line: str = line) -> str:
+        (end,) = project.commands(line, **s3.env).values()
+        assert end.returncode == 1
+        return end.stderr
+
+    assert f"expected a Ray cluster at {nowhere}, found none" in reason()
+    assert "expected a Ray address" in reason(line=line.replace(nowhere, "nonsense"))
+    team.run("git", "commit", "-q", "--allow-empty", "-m", "Not pushed")
+    assert "`git push` first" in reason()
+    (team.folder / "params.yaml").write_text((team.folder / "params.yaml").read_text() + "# changed\n")
+    assert "commit first" in reason()
+    team.run("git", "checkout", "-q", "params.yaml")
+    team.run("git", "remote", "remove", "origin")
+    assert "expected a git remote origin" in reason()
