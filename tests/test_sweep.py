@@ -218,10 +218,18 @@ def test_experiments_of_that_name_are_not_taken_for_trials(swept: Project, tmp_p
     assert failed.stderr.startswith("error: expected no experiment grid-0")
 
 
+def test_a_sweep_does_not_go_on_from_another_commit(swept: Project, tmp_path: Path) -> None:
+    project = copy(swept, tmp_path)
+    project.run("git", "commit", "-q", "--allow-empty", "-m", "Another")
+    failed = project.command("sweep", *BATCHES, "--name", "grid", check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: expected sweep grid to go on with commit ")
+
+
 def test_the_test_set_never_chooses_without_a_word(swept: Project) -> None:
-    command = ("sweep", "--metric", "metrics/evaluate.json:test_accuracy", "-S", "train.lr=0.1", "--trials", "1")
     assert "validation_accuracy" in json.loads((swept.folder / "result.json").read_text())["metric"]
-    found = swept.command(*command[:-4], *BATCHES, "--name", "tested", "--trials", "1", "--json")
+    metric = ("--metric", "metrics/evaluate.json:test_accuracy")
+    found = swept.command("sweep", *metric, *BATCHES, "--name", "tested", "--trials", "1", "--json")
     assert "note: test_accuracy chooses the best trial" in found.stderr
 
 

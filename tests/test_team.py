@@ -1,8 +1,5 @@
 """Two people in two clones, with one S3 server and one MLflow server, as docs/team.md says."""
 
-import contextlib
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,31 +7,19 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 from support.project import STAGES, Project, copy, ran
-from support.servers import S3, Service, free_port
+from support.servers import S3, Server
 from support.team import Remote, found_team, join
+
+from commands.compare import WORSE
 
 
 @pytest.fixture
 def mlflow_server(tmp_path: Path) -> Iterator[str]:
     """The address of an MLflow server."""
-    folder, port = tmp_path / "mlflow", free_port()
+    folder = tmp_path / "mlflow"
     folder.mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        f"{folder}/artifacts",
-    ]
-
-    def is_healthy() -> bool:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-            return True
-        return False
-
-    server = Service(command, port, folder / "log", is_healthy)
-    yield f"http://127.0.0.1:{port}"
+    server = Server(folder, f"sqlite:///{folder}/mlflow.db")
+    yield server.uri
     server.stop()
 
 
@@ -46,12 +31,17 @@ def rows(address: str) -> list[Run]:
     return list(client.search_runs([experiment.experiment_id]))
 
 
-def test_two_people_share_results_rows_and_merges(
+def test_two_people_share_results_rows_merges_reports_and_a_champion(
     finished_project: Project, s3: S3, mlflow_server: str, tmp_path: Path
 ) -> None:
-    env = s3.env | {"MLFLOW_TRACKING_URI": mlflow_server}
+    env = s3.env
     ada, prefix = copy(finished_project, tmp_path / "ada"), tmp_path.parent.name + tmp_path.name
     ada.run("git", "config", "user.name", "Ada")
+    settings = ada.folder / "pyproject.toml"
+    settings.write_text(
+        settings.read_text().replace("[tool.dvc-mlflow]", f'[tool.dvc-mlflow]\ntracking_uri = "{mlflow_server}"')
+    )
+    ada.run("git", "commit", "-qam", "Name the team's MLflow server")
     found_team(ada, Remote(f"s3://team/{prefix}", {"endpointurl": s3.uri}, env), tmp_path)
     ada.command("sync", check=True, **env)
     ada.command("share", "push", check=True, **env)
@@ -98,3 +88,22 @@ def test_two_people_share_results_rows_and_merges(
     count = len(rows(mlflow_server))
     assert "agree" in ada.command("audit", check=True, **env).stdout
     assert count == len({run.data.tags["dvc.execution"] for run in rows(mlflow_server)}) == 7
+
+    # The report of the merge has its rows, and says which stage neither side ran.
+    report = ada.command("report", "main~1", "main", check=False, **env)
+    assert report.returncode in (0, WORSE), report.stderr
+    assert f"{mlflow_server}/#/experiments/" in report.stdout
+    assert "| evaluate | ran again |" in report.stdout
+
+    # One champion for both, and who made it so.
+    assert "is the champion now" in ada.command("promote", check=True, **env).stdout
+    assert "is the champion already" in ben.command("promote", check=True, **env).stdout
+    champion = mlflow.MlflowClient(mlflow_server).get_model_version_by_alias("fashion-mnist-lenet", "champion")
+    assert champion.tags["promoted.by"] == "Ada <test@example.org>"
+
+    # Bytes that Ben deletes here are still in the remote, and every row stays as it was.
+    ben.dvc("gc", "--workspace", "--force", check=True, warns=False, **env)
+    assert "agree" in ben.command("audit", check=True, **env).stdout
+    first = next(run for run in rows(mlflow_server)[::-1] if run.data.tags["stage"] == "train")
+    assert "not here; the remote team has it" in ben.command("lineage", first.info.run_id, check=True, **env).stdout
+    assert len(rows(mlflow_server)) == 7
