@@ -67,13 +67,14 @@ def promote(store: "Store", run: "Run", force: bool) -> None:
     from dvc_mlflow.store import MlflowException
     from dvc_mlflow.text import UserError, valid_value
 
-    client = store.client
-    try:
-        champion = client.get_model_version_by_alias(NAME, ALIAS)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
-            raise
-        champion = None
+    client, champion = store.client, None
+    # A server with authentication forbids to ask for the alias of a model that is not there.
+    if client.search_registered_models(f"name = '{NAME}'"):
+        try:
+            champion = client.get_model_version_by_alias(NAME, ALIAS)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such alias
+                raise
     digest, model_id = run.data.tags.get(WEIGHTS), store.model_id(run)
     if digest is None or model_id is None:
         raise UserError(f"expected {run.info.run_name} to have a model, found none; `make sync` completes it")

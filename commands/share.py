@@ -79,6 +79,8 @@ def push(repo: "Repo", remote: Any, git_remote: str) -> bool:
 
 def pull(repo: "Repo", remote: Any, git_remote: str) -> bool:
     """Get the names first, then the bytes, then check out this commit's; False if some cannot be had."""
+    if remote.fs.protocol == "local" and not remote.fs.exists(remote.path):
+        raise OSError("the folder is missing; is it mounted?")
     before = {*_experiments(repo)}
     complete = _share_experiments(repo, "got", git_remote, ["refs/exps/*:refs/exps/*"])
     experiments = {*_experiments(repo)} - before
@@ -164,7 +166,8 @@ def _share_experiments(repo: "Repo", verb: str, git_remote: str, refspecs: Itera
             file=sys.stderr,
         )
     if done.returncode and not refused:
-        print(f"error: the experiments were not {verb}: {_first_line(done.stderr)}", file=sys.stderr)
+        arrived = "sent" if verb == "sent" else "fetched"
+        print(f"error: the experiments were not {arrived}: {_first_line(done.stderr)}", file=sys.stderr)
     return done.returncode == 0
 
 

@@ -51,6 +51,9 @@ def open_project(expected: str = "") -> Iterator["Project"]:
 
     try:
         yield Project(Path.cwd())
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain at exit, too
+        sys.exit(1)
     except Exception as error:  # from DVC, the store or the user
         sys.exit(f"error: {expected and f'{expected}: '}{describe(error)}")
 

@@ -117,6 +117,16 @@ def test_a_missing_result_is_reported_in_one_line(two_results: Project, name: st
     assert name in line
 
 
+def test_a_workspace_without_results_does_not_keep_commits_from_being_compared(
+    two_results: Project, tmp_path: Path
+) -> None:
+    project = copy(two_results, tmp_path)
+    digest = project.md5s()["metrics/train.json"]
+    (project.folder / "metrics/train.json").unlink()
+    (project.folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
+    assert "no evidence of a difference" in run(project, "main", "main").stdout
+
+
 def test_headings_name_the_commits(two_results: Project) -> None:
     listed = two_results.run("git", "for-each-ref", "--format=%(objectname:short=7) %(refname)").stdout.splitlines()
     main, slow = (next(line[:7] for line in listed if line.endswith(f"/{name}")) for name in ("main", "slow"))

@@ -49,6 +49,7 @@ def note(project: Project) -> str:
     ("options", "expected"),
     [
         ("--all-experiments", ""),
+        ("--all-commits --all-experiments", ""),
         ("--all-branches --all-tags", "  (not here; the remote team has it)"),
         ("--workspace", "  (not here; the remote team has it)"),
         ("--workspace --not-in-remote", "  (not here; the remote team has it)"),

@@ -70,7 +70,7 @@ def test_it_says_what_it_lacks(pull_request: Project, tmp_path: Path) -> None:
     shallow.dvc("remote", "modify", "--local", "storage", "url", str(tmp_path / "empty"))
     ended = report(shallow, "origin/main")
     assert ended.returncode == 1
-    assert all("; `dvc pull` or `dvc fetch` gets results" in line for line in ended.stderr.splitlines())
+    assert all("; `make pull` gets what others pushed" in line for line in ended.stderr.splitlines())
     assert ended.stdout.startswith("**expected a result named HEAD, found none: ")
     assert " that are neither here nor in the remote: metrics/plots/curves.png" in ended.stdout
     assert " is worse than " not in ended.stdout

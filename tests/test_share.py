@@ -87,6 +87,8 @@ def test_a_remote_that_is_down_or_refuses_or_lacks_a_file_is_named_in_one_line_a
         found_team(one, Remote("s3://team/results", {"endpointurl": server.uri}, server.env), tmp_path)
         one.dvc("remote", "add", "closed", "s3://nobody/results")
         one.dvc("remote", "modify", "closed", "endpointurl", server.uri)
+        one.dvc("remote", "add", "unmounted", str(tmp_path / "nowhere"))
+        assert "the folder is missing; is it mounted?" in refused(one, "pull", "--remote", "unmounted")
         failed = "error: the DVC remote team (s3://team/results) failed: "
         assert refused(one, "push").startswith(f"{failed}Unable to locate credentials; ")
         guessed = server.env | {"AWS_SECRET_ACCESS_KEY": "guessed"}
