@@ -44,10 +44,16 @@ def main() -> None:
 def find_run(store: "Store", run_id: str | None) -> "Run":
     """The train run of this id, or of dvc.lock if this clone has its model. Raises UserError."""
     from dvc_mlflow.status import changed, digest_of
+    from dvc_mlflow.store import MlflowException
     from dvc_mlflow.text import UserError
 
     if run_id:
-        run = store.client.get_run(run_id)
+        try:
+            run = store.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(f"expected the id of a run, found {run_id}; `make ui` shows the runs") from None
         if run.data.tags.get("stage") != "train":
             raise UserError(f"expected a train run, found {run.info.run_name}; `make ui` shows the runs")
         return run

@@ -92,6 +92,13 @@ def test_the_version_s_tags_say_who_promoted_it_instead_of_what_and_with_which_v
     assert " is better than " in tags()["promoted.verdict"]
 
 
+def test_an_unknown_run_is_said_in_one_line(promoted_project: Project) -> None:
+    for run_id in ("deadbeef", "0123456789abcdef" * 2):
+        failed = promote(promoted_project, run_id, check=False)
+        assert failed.returncode == 1
+        assert failed.stderr == f"error: expected the id of a run, found {run_id}; `make ui` shows the runs\n"
+
+
 def test_identical_weights_are_one_version(promoted_project: Project, tmp_path: Path) -> None:
     project = copy(promoted_project, tmp_path)
     project.run("git", "checkout", "-q", ".")
