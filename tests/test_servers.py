@@ -158,24 +158,28 @@ def postgres() -> Iterator[Callable[[str], str]]:
         pytest.skip(str(error))
 
 
-def test_the_pipeline_records_on_a_team_server_with_postgresql(
-    project: Project, postgres: Callable[[str], str], tmp_path: Path
-) -> None:
-    server = Server(tmp_path, postgres("mlflow"))
-    try:
-        project.set("evaluate.batch_size", 50)
-        assert repro(project, server.uri) == (["evaluate"], [], 0)
-        assert_sync_completes_the_record(project, server.uri)
-        client = mlflow.MlflowClient(server.uri)
-        experiment = client.get_experiment_by_name("fashion-mnist-lenet")
-        assert experiment
-        runs = client.search_runs([experiment.experiment_id])
-        assert {run.data.tags["stage"]: run.info.status for run in runs} == dict.fromkeys(STAGES, "FINISHED")
-        assert all(run.info.artifact_uri.startswith("mlflow-artifacts:/") for run in runs), "proxied by the server"
-        assert list((tmp_path / "artifacts").rglob("lenet.safetensors"))
-        assert not (project.folder / "mlruns").exists()
-    finally:
-        server.stop()
+@pytest.fixture
+def shared(tmp_path: Path, postgres: Callable[[str], str]) -> Iterator[Server]:
+    """A server on a PostgreSQL database of its own."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = Server(folder, postgres(f"hosts_{tmp_path.name}"))
+    yield server
+    server.stop()
+
+
+def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project, shared: Server) -> None:
+    project.set("evaluate.batch_size", 50)
+    assert repro(project, shared.uri) == (["evaluate"], [], 0)
+    assert_sync_completes_the_record(project, shared.uri)
+    client = mlflow.MlflowClient(shared.uri)
+    experiment = client.get_experiment_by_name("fashion-mnist-lenet")
+    assert experiment
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags["stage"]: run.info.status for run in runs} == dict.fromkeys(STAGES, "FINISHED")
+    assert all(run.info.artifact_uri.startswith("mlflow-artifacts:/") for run in runs), "proxied by the server"
+    assert list((shared.folder / "artifacts").rglob("lenet.safetensors"))
+    assert not (project.folder / "mlruns").exists()
 
 
 @pytest.fixture
@@ -224,14 +228,12 @@ def test_two_hosts_that_record_each_other_s_results_at_once_make_one_run_of_each
     two_results: Project,
     hosts: dict[str, dict[str, str]],
     tmp_path: Path,
-    postgres: Callable[[str], str],
+    shared: Server,
     stress: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
     """The one records the first commit, then the second; the other begins with the second."""
-    folder = tmp_path / "postgres"
-    folder.mkdir()
-    server, tries = Server(folder, postgres("sync")), 20 if stress else 2
+    tries = 20 if stress else 2
     one = copy(two_results, tmp_path)
     one.commit("Learn slowly")
     other = copy(one, tmp_path / "other")
@@ -239,15 +241,12 @@ def test_two_hosts_that_record_each_other_s_results_at_once_make_one_run_of_each
         one.folder: ["dvc-mlflow sync --rev main~1", "dvc-mlflow sync --rev main"],
         other.folder: ["dvc-mlflow sync --rev main", "dvc-mlflow sync --rev main~1"],
     }
-    try:
-        for number in range(tries):
-            name = f"try {number}"
-            address = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": name}
-            at_once(commands, [host | address for host in hosts.values()])
-            stages = sorted(run.data.tags["stage"] for run in rows(mlflow.MlflowClient(server.uri), name))
-            assert stages == ["evaluate", "evaluate", "fetch", "train", "train"]
-    finally:
-        server.stop()
+    for number in range(tries):
+        name = f"try {number}"
+        address = {"MLFLOW_TRACKING_URI": shared.uri, "MLFLOW_EXPERIMENT_NAME": name}
+        at_once(commands, [host | address for host in hosts.values()])
+        stages = sorted(run.data.tags["stage"] for run in rows(mlflow.MlflowClient(shared.uri), name))
+        assert stages == ["evaluate", "evaluate", "fetch", "train", "train"]
     record_property("pairs of hosts that recorded each other's results at once", tries)
 
 
@@ -255,26 +254,20 @@ def test_two_hosts_that_run_the_same_stage_at_once_make_one_run_of_it(
     finished_project: Project,
     hosts: dict[str, dict[str, str]],
     tmp_path: Path,
-    postgres: Callable[[str], str],
+    shared: Server,
     stress: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
-    folder = tmp_path / "postgres"
-    folder.mkdir()
-    server, tries = Server(folder, postgres("live")), 20 if stress else 1
+    tries = 20 if stress else 1
     clones = [copy(finished_project, tmp_path / name) for name in hosts]
-    try:
-        for number in range(tries):
-            name = f"try {number}"
-            for clone in clones:
-                clone.set("evaluate.batch_size", 10 + number)
-            address = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": name}
-            outputs = at_once(
-                {clone.folder: ["dvc repro"] for clone in clones}, [host | address for host in hosts.values()]
-            )
-            assert [ran(output) for output in outputs] == [["evaluate"], ["evaluate"]]
-            runs = rows(mlflow.MlflowClient(server.uri), name)
-            assert sorted(run.data.tags["stage"] for run in runs) == sorted(STAGES)
-    finally:
-        server.stop()
+    for number in range(tries):
+        name = f"try {number}"
+        for clone in clones:
+            clone.set("evaluate.batch_size", 10 + number)
+        address = {"MLFLOW_TRACKING_URI": shared.uri, "MLFLOW_EXPERIMENT_NAME": name}
+        commands = {clone.folder: ["dvc repro"] for clone in clones}
+        outputs = at_once(commands, [host | address for host in hosts.values()])
+        assert [ran(output) for output in outputs] == [["evaluate"], ["evaluate"]]
+        runs = rows(mlflow.MlflowClient(shared.uri), name)
+        assert sorted(run.data.tags["stage"] for run in runs) == sorted(STAGES)
     record_property("pairs of hosts that ran the same stage at once", tries)
