@@ -152,9 +152,8 @@ def _read_metrics(there: "Project", rev: str | None) -> dict[str, Any]:
     from dvc.utils.serialize import PARSERS
 
     metrics: dict[str, Any] = {}
-    for stage in there.stages.values():
-        for path in there.declared(stage, [], there.outs(stage)).metrics:
-            metrics |= PARSERS[Path(path).suffix](read_file(path, rev).decode(), path)
+    for path in there.metrics_files():
+        metrics |= PARSERS[Path(path).suffix](read_file(path, rev).decode(), path)
     return metrics
 
 

@@ -223,8 +223,7 @@ def check_metric(folder: Path, metric: str) -> None:
 
     path, _, key = metric.rpartition(":")
     with open_project() as project:
-        stages = project.stages.values()
-        declared = {one for stage in stages for one in project.declared(stage, [], project.outs(stage)).metrics}
+        declared = project.metrics_files()
     if path not in declared:
         sys.exit(f"error: expected a metrics file of dvc.yaml, found {path}; it has {', '.join(sorted(declared))}")
     if (folder / path).exists():

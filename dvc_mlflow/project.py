@@ -151,6 +151,11 @@ class Project:
             for address, stage in self.stages.items()
         }
 
+    def metrics_files(self) -> list[str]:
+        """The paths of the metrics files of all stages, stage by stage."""
+        declared = (self.declared(stage, [], self.outs(stage)) for stage in self.stages.values())
+        return [path for one in declared for path in one.metrics]
+
     def declared(self, stage: PipelineStage, deps: list[str], outs: list[str]) -> Declared:
         """What dvc.yaml declares about these files of a stage."""
         index = self.index
