@@ -81,17 +81,24 @@ def read_result(project: "Project", name: str) -> Result:
     """
     if re.fullmatch("[0-9a-f]{32}", name):
         return _read_run(name)
-    from dvc_mlflow.status import changed
     from dvc_mlflow.text import UserError
 
     with at(project, name) as (there, commit):
-        if stale := list(changed(there)):
-            others = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
+        if found := stale(there):
             raise UserError(
-                f"expected results of {name}'s own code, params and data, found those of others: {stale[0]}{others}; "
+                f"expected results of {name}'s own code, params and data, found those of others: {found}; "
                 "`dvc repro`, then commit dvc.lock"
             )
         return read_revision(there, name, commit)
+
+
+def stale(there: "Project") -> str:
+    """Where dvc.lock is not what the code, params and data beside it say: the first place; "" if nowhere."""
+    from dvc_mlflow.status import changed
+
+    found = list(changed(there))
+    others = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{found[0]}{others}" if found else ""
 
 
 @contextlib.contextmanager

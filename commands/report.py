@@ -28,6 +28,7 @@ from commands.compare import (
     markdown_table,
     read_file,
     read_revision,
+    stale,
     tables,
 )
 
@@ -86,7 +87,6 @@ def main() -> None:
 
 def read_side(project: "Project", name: str) -> Side:
     """What a revision, an experiment or the workspace has. Raises UserError if there is none of that name."""
-    from dvc_mlflow.status import changed
     from dvc_mlflow.text import UserError
 
     with at(project, name) as (there, commit):
@@ -96,9 +96,8 @@ def read_side(project: "Project", name: str) -> Side:
         if not any(executions.values()):
             problem = f"expected results in {title}, found none in dvc.lock; `dvc repro`, then commit dvc.lock"
             return Side(title, executions, None, problem, {}, [])
-        if stale := list(changed(there)):
-            others = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
-            problem = f"dvc.lock of {title} is stale: {stale[0]}{others}; `dvc repro`, then commit dvc.lock"
+        if found := stale(there):
+            problem = f"dvc.lock of {title} is stale: {found}; `dvc repro`, then commit dvc.lock"
             return Side(title, executions, None, problem, {}, [])
         problem = ""
         try:

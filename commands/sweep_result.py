@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commands.compare import markdown_table
 from commands.trials import Baseline
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def show(result: Mapping[str, Any], markdown: bool) -> str:
 
 def _table(heads: list[str], rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
     if markdown:
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+        return markdown_table(heads, rows)
     from rich.console import Console
     from rich.table import Table
 

@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,12 @@ def _ref(rev: str, name: str) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True).stdout
+    return _checked(folder, ["git", *arguments])
+
+
+def _checked(folder: Path, command: Sequence[str]) -> bytes:
+    """What the command prints. Raises CalledProcessError, with what it says of the error."""
+    return subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout
 
 
 def run(folder: Path, rev: str, trial: Trial) -> str:
@@ -357,7 +362,7 @@ def clone(source: Source) -> Path:
             _git(folder, "checkout", "--quiet", "--detach", source.rev)
             for name, value in source.identity.items():
                 _git(folder, "config", name, value)
-            _dvc(folder, "pull", "--allow-missing")  # what the remote lacks, the stages make
+            _checked(folder, [*DVC, "pull", "--allow-missing"])  # what the remote lacks, the stages make
             (folder / ".git" / "complete").touch()
     return folder
 
@@ -381,14 +386,6 @@ def push(folder: Path, source: Source, trial: Trial) -> None:
 def _pushed(folder: Path, ref: str) -> str:
     """The commit of an experiment in the git remote; "" if it is not there."""
     return _git(folder, "ls-remote", REMOTE, ref).decode().partition("\t")[0]
-
-
-def _dvc(folder: Path, *arguments: str) -> None:
-    _checked(folder, [*DVC, *arguments])
-
-
-def _checked(folder: Path, command: list[str]) -> None:
-    subprocess.run(command, cwd=folder, capture_output=True, check=True)
 
 
 def _last(text: str) -> str:

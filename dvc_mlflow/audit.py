@@ -14,12 +14,6 @@ from dvc_mlflow.status import changed_declarations, digest_of
 from dvc_mlflow.store import CLAIM, EXECUTION, RunFiles, Store, parent_metrics
 
 
-def audit(store: Store, everything: bool = False) -> Iterator[str]:
-    """Yield a line for each disagreement between dvc.yaml, the params, dvc.lock, the files and MLflow."""
-    yield from audit_files(store.project)
-    yield from audit_store(store, everything)
-
-
 def audit_store(store: Store, everything: bool = False) -> Iterator[str]:
     """Yield where MLflow differs from dvc.lock."""
     project = store.project

@@ -10,7 +10,7 @@ from dvc.utils.serialize import modify_yaml
 from support.project import Project
 from support.store import Store
 
-from dvc_mlflow.audit import audit as audit_lines
+from dvc_mlflow.audit import audit_files, audit_store
 from dvc_mlflow.project import Project as DVCProject
 from dvc_mlflow.store import Store as MLflowStore
 from dvc_mlflow.store import hardware_tags
@@ -24,7 +24,8 @@ def audit(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], lis
         monkeypatch.delenv(name, raising=False)
 
     def lines() -> list[str]:
-        return list(audit_lines(MLflowStore(DVCProject(project.folder))))
+        there = DVCProject(project.folder)
+        return [*audit_files(there), *audit_store(MLflowStore(there))]
 
     return lines
 
