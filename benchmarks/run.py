@@ -27,7 +27,8 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from tqdm import tqdm
 
 from benchmarks.history import make_history
-from benchmarks.store import fill, postgres
+from benchmarks.servers import postgres
+from benchmarks.store import fill
 from stages.cpu import cores
 from stages.dataset import Dataset, read_dataset, write_dataset
 
@@ -112,7 +113,9 @@ class Bench:
             values["train"] |= params
         run(["git", "init", "-q"], folder)
         run(["git", "add", "--all"], folder)
-        run(["git", "-c", "user.name=bench", "-c", "user.email=bench@example.org", "commit", "-qm", "bench"], folder)
+        for key, value in {"user.name": "bench", "user.email": "bench@example.org"}.items():
+            run(["git", "config", key, value], folder)
+        run(["git", "commit", "-qm", "bench"], folder)
         return folder
 
     def time(self, command: Sequence[str], folder: Path) -> float:
@@ -230,20 +233,16 @@ def measure_evaluate(bench: Bench, cold: Sequence[float]) -> Row:
 
 
 def measure_throughput(bench: Bench, plain_wall: Sequence[float]) -> list[Row]:
-    """Seeds in DVC's queue, a one-thread training on each core, against the same in turn with the default threads."""
+    """Seeds, a one-thread training on each core, against the same in turn with the default threads."""
     folder = bench.copy()
     bench.time(["dvc", "repro", "fetch"], folder)
     run(["dvc", "exp", "run", "--temp"], folder)  # the first one of a project sets up what the others use
     in_turn = [
         bench.time(["dvc", "exp", "run", "--temp", "-S", f"train.seed={s}"], folder) for s in range(1, SEEDS + 1)
     ]
-    for seed in range(1, SEEDS + 1):
-        run(["dvc", "exp", "run", "--queue", "-S", f"train.seed={seed}", "-S", "train.threads=1"], folder)
-    at_once = bench.time(["dvc", "exp", "run", "--run-all", "--jobs", str(len(cores()))], folder)
-    done = run(["dvc", "exp", "list", "--name-only"], folder).split()
-    if len(done) != 2 * SEEDS + 1:
-        raise SystemExit(f"expected {2 * SEEDS + 1} experiments, found {len(done)}")
-    name = f"{SEEDS} seeds by `dvc exp run --run-all -j {len(cores())}` with train.threads 1, against"
+    replicate = ["replicate", "--seeds", str(SEEDS), "--jobs", str(len(cores())), "-S", "train.threads=1"]
+    at_once = bench.time([sys.executable, "-m", f"commands.{replicate[0]}", *replicate[1:]], folder)
+    name = f"{SEEDS} seeds by `{' '.join(replicate)}`, against"
     plain = [SEEDS * statistics.median(plain_wall)]
     return [
         Row(f"{name} {SEEDS} in turn with the default threads", "≤ 1.0", at_once / sum(in_turn), [at_once],

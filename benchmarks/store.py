@@ -1,15 +1,7 @@
 """Fill an MLflow store with ten thousand runs: python -m benchmarks.store URI --runs 10000."""
 
 import argparse
-import contextlib
-import os
-import shutil
-import socket
-import subprocess
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from mlflow.entities import RunStatus
@@ -19,42 +11,6 @@ from sqlalchemy import insert, select
 
 OTHER = ("dvc.fingerprint", "dvc.execution", "dvc.deps.", "dvc.outs.")  # tags that differ between runs
 BATCH = 200  # runs in one transaction
-
-
-@contextlib.contextmanager
-def postgres() -> Iterator[Callable[..., str]]:
-    """A PostgreSQL of its own on loopback: a function that makes a database and returns its address.
-
-    Its arguments are those of createdb. Raises FileNotFoundError if PostgreSQL is not installed.
-    """
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        raise FileNotFoundError("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    # Not below pytest's folder, which each start of pytest closes to other users.
-    with tempfile.TemporaryDirectory() as folder:
-        if user:
-            shutil.chown(folder, user)
-
-        def run(program: str, *arguments: str) -> None:
-            command = [str(found[-1].parent / program), *arguments]
-            nowhere = subprocess.DEVNULL
-            subprocess.run(command, check=True, cwd=folder, user=user, stdout=nowhere, stderr=nowhere)
-
-        def create(*arguments: str) -> str:
-            run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", *arguments)
-            return f"postgresql://mlflow@127.0.0.1:{port}/{arguments[-1]}"
-
-        data = f"{folder}/data"
-        run("initdb", "-D", data, "-U", "mlflow", "--auth", "trust")
-        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
-        run("pg_ctl", "-D", data, "-l", f"{folder}/log", "-o", options, "--wait", "start")
-        try:
-            yield create
-        finally:
-            run("pg_ctl", "-D", data, "--mode", "immediate", "stop")
 
 
 def fill(uri: str, runs: int) -> None:

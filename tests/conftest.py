@@ -21,9 +21,12 @@ from typing import Any
 import pytest
 from dvc.utils.serialize import load_yaml, modify_yaml
 from filelock import FileLock
+from support.commands import environment
 from support.data import CLASSES, SHAPE, make_tiny_files
 from support.project import ROOT, Project, copy
-from support.servers import S3, SSH, Served, free_port, serve
+from support.servers import SSH, Served, serve
+
+from benchmarks.servers import S3, free_port
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -190,7 +193,7 @@ def served(finished_project: Project, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """An S3 server, with the bucket `team`. A test that uses it has a prefix of its own."""
-    server = S3(tmp_path_factory.mktemp("s3"))
+    server = S3(tmp_path_factory.mktemp("s3"), environment())
     yield server
     server.stop()
 

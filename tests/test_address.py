@@ -6,7 +6,9 @@ import mlflow
 import psutil
 import pytest
 from support.project import Project, make_project
-from support.servers import free_port, serve
+from support.servers import serve
+
+from benchmarks.servers import free_port
 
 PIPELINE = "stages: {say: {cmd: dvc-mlflow run sh -c 'echo said > said', outs: [said]}}\n"
 DOWN = "http://127.0.0.1:9"  # nothing listens on the port of discard

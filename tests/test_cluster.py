@@ -1,5 +1,6 @@
 """Sweeps on Ray: real nodes that clone a bare git repository, an S3 server and an MLflow server."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,47 +13,40 @@ from typing import Any
 
 import mlflow
 import pytest
+from support.cluster import QUIET, Site, site_here, site_in_namespaces
 from support.commands import environment
 from support.project import Project, copy
-from support.servers import S3, Server, free_port
 
-from benchmarks.store import postgres
-from commands.trials import Source, Trial, push
-
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-STORE: dict[str, Any] = {"object_store_memory": 80 << 20}
+from benchmarks.servers import LOOPBACK, S3, MLflow, free_port, postgres
+from commands.trials import Baseline, Source, Trial, push
 
 
 @pytest.fixture
-def cluster(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray cluster of a head that runs nothing, and of two nodes with one CPU each that may use the S3 server."""
+def site(
+    request: pytest.FixtureRequest, stress: bool, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Site]:
+    """A Ray cluster of two nodes and an S3 server: `here`, on this machine, or `far`, in network namespaces."""
+    far = request.param == "far"
+    if far and not stress:
+        pytest.skip("the long form: --stress")
     folder = tempfile.mkdtemp(prefix="ray-")  # its path is short, since Ray has sockets in it
     for key, value in (environment() | QUIET | s3.env | {"TMPDIR": folder}).items():
         monkeypatch.setenv(key, value)
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, **STORE)
-    yield cluster
-    cluster.shutdown()
+    with site_in_namespaces(tmp_path) if far else site_here(tmp_path, s3) as made:
+        yield made
     shutil.rmtree(folder, ignore_errors=True)  # processes of the lost node may still write
 
 
-@pytest.fixture
-def team(finished_project: Project, s3: S3, tmp_path: Path) -> Project:
-    """The project, committed and pushed to a bare git repository and to a DVC remote in S3."""
-    project = copy(finished_project, tmp_path)
-    address = ("remote", "add", "--default", "team", f"s3://team/{tmp_path.parent.name}-{tmp_path.name}")
-    project.dvc(*address)
-    project.dvc("remote", "modify", "team", "endpointurl", s3.uri)
+def found_team(project: Project, site: Site, parent: Path) -> None:
+    """Commit the project, and push it to a bare git repository and to a DVC remote in S3."""
+    project.dvc("remote", "add", "--default", "team", f"s3://team/{parent.parent.name}-{parent.name}")
+    project.dvc("remote", "modify", "team", "endpointurl", site.s3.uri)
     project.commit("Add a remote")
-    project.run("git", "init", "-q", "--bare", "-b", "main", str(tmp_path / "bare.git"))
-    project.run("git", "remote", "add", "origin", str(tmp_path / "bare.git"))
+    project.run("git", "init", "-q", "--bare", "-b", "main", str(parent / "bare.git"))
+    project.run("git", "remote", "add", "origin", f"{site.git}/bare.git")
     project.run("git", "push", "-q", "origin", "main")
-    credentials: dict[str, Any] = s3.env
+    credentials: dict[str, Any] = site.s3.env
     project.dvc("push", **credentials)
-    return project
 
 
 def refs(folder: Path) -> dict[str, str]:
@@ -67,35 +61,48 @@ def refs(folder: Path) -> dict[str, str]:
     return {line.rpartition("/")[2]: line.split()[0] for line in listed if "/exec/" not in line}
 
 
-def test_a_sweep_on_a_cluster_survives_a_node_and_leaves_everything_in_the_remotes(
-    team: Project,
-    cluster: Any,
-    s3: S3,
+@pytest.mark.parametrize("site", ["here", "far"], indirect=True)
+def test_a_sweep_survives_a_lost_node_and_a_killed_command_and_leaves_everything_in_the_remotes(
+    site: Site,
+    finished_project: Project,
     tmp_path: Path,
     stress: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
-    trials = 6 if stress else 2
-    database = postgres() if stress else None
-    store = database.__enter__()("sweep") if database else f"sqlite:///{tmp_path / 'team.db'}"
-    server = Server(tmp_path, store)
-    try:
-        env: dict[str, Any] = s3.env | QUIET | {"MLFLOW_TRACKING_URI": server.uri}
-        command = ["--trials", str(trials), "--name", "far", "--ray", cluster.address, "--json"]
-        command += ["-S", "train.epochs=1", "-S", "train.lr=tag(log,interval(1e-3,1e-1))"]
-        sweep = subprocess.Popen(
-            [sys.executable, "-m", "commands.sweep", *command],
-            cwd=team.folder,
-            env=environment() | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        if stress:
-            while len(refs(tmp_path / "bare.git")) < 2:
+    """The short form has two trials, and loses nothing."""
+    team, trials = copy(finished_project, tmp_path), 6 if stress else 2
+    found_team(team, site, tmp_path)
+    with contextlib.ExitStack() as ends:
+        database = ends.enter_context(postgres())("sweep") if stress else f"sqlite:///{tmp_path / 'team.db'}"
+        server = MLflow(tmp_path, database, environment(), site.host)
+        ends.callback(server.stop)
+        env: dict[str, Any] = site.s3.env | QUIET | {"MLFLOW_TRACKING_URI": server.uri}
+
+        def start() -> subprocess.Popen[str]:
+            command = ["--trials", str(trials), "--name", "far", "--ray", site.address, "--json"]
+            command += ["-S", "train.epochs=1", "-S", "train.lr=tag(log,interval(1e-3,1e-1))"]
+            return subprocess.Popen(
+                [sys.executable, "-m", "commands.sweep", *command],
+                cwd=team.folder,
+                env=environment() | env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+        def wait_for(number: int) -> None:
+            while len(refs(tmp_path / "bare.git")) < number:
                 assert sweep.poll() is None, sweep.communicate()
                 time.sleep(0.1)
-            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+        sweep = start()
+        if stress:
+            wait_for(1)
+            sweep.kill()
+            sweep.communicate()
+            sweep = start()
+            wait_for(3)
+            site.lose_a_node()
         output, errors = sweep.communicate()
         assert sweep.returncode == 0, errors
         assert stress or errors == "", "Ray says that a node is lost"
@@ -135,11 +142,7 @@ def test_a_sweep_on_a_cluster_survives_a_node_and_leaves_everything_in_the_remot
                 by_hand.repro()
                 locked = elsewhere.run("git", "show", f"{refs(elsewhere.folder)[row['experiment']]}:dvc.lock").stdout
                 assert locked == (by_hand.folder / "dvc.lock").read_text()
-            record_property("trials on a cluster that lost a node", trials)
-    finally:
-        server.stop()
-        if database:
-            database.__exit__(None, None, None)
+            record_property("trials on a cluster that lost a node, by a command that was killed once", trials)
 
 
 def test_ray_on_one_machine_needs_no_remote_and_no_set_up(project: Project) -> None:
@@ -158,7 +161,10 @@ def test_a_remote_that_refuses_or_has_another_experiment_is_not_overwritten(proj
     project.run("git", "init", "-q", "--bare", "-b", "main", str(bare))
     project.run("git", "remote", "add", "origin", str(bare))
     rev = project.run("git", "rev-parse", "HEAD").stdout.strip()
-    ref, source = f"refs/exps/{rev[:2]}/{rev[2:]}/far-0", Source("", str(bare), rev, {}, {})
+    ref, source = (
+        f"refs/exps/{rev[:2]}/{rev[2:]}/far-0",
+        Source(Baseline(project.folder, rev, b""), str(bare), "", {}, {}),
+    )
 
     def push_one(message: str, tree: str = "HEAD") -> str:
         commit = project.run("git", "commit-tree", f"{tree}^{{tree}}", "-p", "HEAD", "-m", message).stdout.strip()
@@ -181,21 +187,22 @@ def test_a_remote_that_refuses_or_has_another_experiment_is_not_overwritten(proj
     assert list((tmp_path / "storage").rglob("??/*")), "the cache is there"
 
 
-def test_a_cluster_that_cannot_be_used_is_said_in_one_line(team: Project, tmp_path: Path, s3: S3) -> None:
+def test_a_cluster_that_cannot_be_used_is_reported_in_one_line(project: Project, tmp_path: Path, s3: S3) -> None:
+    found_team(project, Site("", LOOPBACK, str(tmp_path), s3, lambda: None), tmp_path)
     nowhere = f"127.0.0.1:{free_port()}"
     line = f"sweep --trials 2 -S train.lr=interval(0,1) --name x --ray {nowhere}"
 
-    def reason(project: Project = team, line: str = line) -> str:
+    def reason(line: str = line) -> str:
         (end,) = project.commands(line, **s3.env).values()
         assert end.returncode == 1
         return end.stderr
 
     assert f"expected a Ray cluster at {nowhere}, found none" in reason()
     assert "expected a Ray address" in reason(line=line.replace(nowhere, "nonsense"))
-    team.run("git", "commit", "-q", "--allow-empty", "-m", "Not pushed")
+    project.run("git", "commit", "-q", "--allow-empty", "-m", "Not pushed")
     assert "`git push` first" in reason()
-    (team.folder / "params.yaml").write_text((team.folder / "params.yaml").read_text() + "# changed\n")
+    (project.folder / "params.yaml").write_text((project.folder / "params.yaml").read_text() + "# changed\n")
     assert "commit first" in reason()
-    team.run("git", "checkout", "-q", "params.yaml")
-    team.run("git", "remote", "remove", "origin")
+    project.run("git", "checkout", "-q", "params.yaml")
+    project.run("git", "remote", "remove", "origin")
     assert "expected a git remote origin" in reason()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from support.project import Project, copy
-from support.servers import free_port
 from support.store import Store
 from support.team import Remote, found_team
+
+from benchmarks.servers import free_port
 
 MODEL = "models/lenet.safetensors"
 

@@ -23,9 +23,10 @@ from PIL import Image
 from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
 from support.project import ROOT, Pipeline, Project, ran
-from support.servers import Served, free_port
+from support.servers import Served
 from support.store import Store
 
+from benchmarks.servers import free_port
 from dvc_mlflow.text import without_credentials
 from stages import fetch
 from stages.params import File, read_params

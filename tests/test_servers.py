@@ -15,18 +15,18 @@ import pytest
 from mlflow.entities import Run
 from support.commands import environment
 from support.project import STAGES, Project, copy, ran
-from support.servers import Server, free_port
 from support.store import Store
 
-from benchmarks.store import postgres as start_postgres
+from benchmarks.servers import MLflow, free_port
+from benchmarks.servers import postgres as start_postgres
 
 MODEL = "models/lenet.safetensors"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflow]:
     folder = tmp_path_factory.mktemp("server")
-    server = Server(folder, f"sqlite:///{folder / 'mlflow.db'}")
+    server = MLflow(folder, f"sqlite:///{folder / 'mlflow.db'}", environment())
     yield server
     server.stop()
 
@@ -67,7 +67,7 @@ def assert_sync_completes_the_record(project: Project, uri: str) -> None:
     assert "agree" in agreed.stdout
 
 
-def test_a_server_that_is_down_costs_one_warning(project: Project, server: Server) -> None:
+def test_a_server_that_is_down_costs_one_warning(project: Project, server: MLflow) -> None:
     project.set("evaluate.batch_size", 50)
     outcome = repro(project, f"http://127.0.0.1:{free_port()}")
     assert outcome.ran == ["evaluate"]
@@ -96,7 +96,7 @@ def test_a_server_that_answers_500_costs_one_warning(project: Project) -> None:
     assert outcome.seconds < 10
 
 
-def test_a_server_that_hangs_costs_one_warning(project: Project, server: Server) -> None:
+def test_a_server_that_hangs_costs_one_warning(project: Project, server: MLflow) -> None:
     project.set("evaluate.batch_size", 60)
     server.signal(signal.SIGSTOP)
     try:
@@ -109,7 +109,7 @@ def test_a_server_that_hangs_costs_one_warning(project: Project, server: Server)
 
 
 def test_a_server_that_goes_down_in_the_middle_costs_one_warning_and_the_record_is_completed(
-    project: Project, server: Server
+    project: Project, server: MLflow
 ) -> None:
     project.set("train.seed", 3)
     project.set("train.epochs", 12)
@@ -159,16 +159,16 @@ def postgres() -> Iterator[Callable[[str], str]]:
 
 
 @pytest.fixture
-def shared(tmp_path: Path, postgres: Callable[[str], str]) -> Iterator[Server]:
+def shared(tmp_path: Path, postgres: Callable[[str], str]) -> Iterator[MLflow]:
     """A server on a PostgreSQL database of its own."""
     folder = tmp_path / "server"
     folder.mkdir()
-    server = Server(folder, postgres(f"hosts_{tmp_path.name}"))
+    server = MLflow(folder, postgres(f"hosts_{tmp_path.name}"), environment())
     yield server
     server.stop()
 
 
-def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project, shared: Server) -> None:
+def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project, shared: MLflow) -> None:
     project.set("evaluate.batch_size", 50)
     assert repro(project, shared.uri) == (["evaluate"], [], 0)
     assert_sync_completes_the_record(project, shared.uri)
@@ -178,7 +178,7 @@ def test_the_pipeline_records_on_a_team_server_with_postgresql(project: Project,
     runs = client.search_runs([experiment.experiment_id])
     assert {run.data.tags["stage"]: run.info.status for run in runs} == dict.fromkeys(STAGES, "FINISHED")
     assert all(run.info.artifact_uri.startswith("mlflow-artifacts:/") for run in runs), "proxied by the server"
-    assert list((shared.folder / "artifacts").rglob("lenet.safetensors"))
+    assert list((shared.log.parent / "artifacts").rglob("lenet.safetensors"))
     assert not (project.folder / "mlruns").exists()
 
 
@@ -228,7 +228,7 @@ def test_two_hosts_that_record_each_other_s_results_at_once_make_one_run_of_each
     two_results: Project,
     hosts: dict[str, dict[str, str]],
     tmp_path: Path,
-    shared: Server,
+    shared: MLflow,
     stress: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -254,7 +254,7 @@ def test_two_hosts_that_run_the_same_stage_at_once_make_one_run_of_it(
     finished_project: Project,
     hosts: dict[str, dict[str, str]],
     tmp_path: Path,
-    shared: Server,
+    shared: MLflow,
     stress: bool,
     record_property: Callable[[str, object], None],
 ) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.entities import Run
+from support.commands import environment
 from support.project import STAGES, Project, copy, ran
-from support.servers import S3, Server
 from support.team import Remote, found_team, join
 
+from benchmarks.servers import S3, MLflow
 from commands.compare import WORSE
 
 
@@ -18,7 +19,7 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
     """The address of an MLflow server."""
     folder = tmp_path / "mlflow"
     folder.mkdir()
-    server = Server(folder, f"sqlite:///{folder}/mlflow.db")
+    server = MLflow(folder, f"sqlite:///{folder}/mlflow.db", environment())
     yield server.uri
     server.stop()
 
