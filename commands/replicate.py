@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from commands.trials import Trial, add_arguments, experiments, open_place, read_baseline
+from commands.trials import Trial, add_arguments, check_name, experiments, open_place, read, read_baseline
 
 METRIC = "test_accuracy"
 CHANCE = 2.0  # below so many times what a guess has, nothing was learnt
@@ -34,12 +34,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1:
         sys.exit(f"error: expected --seeds of at least 1, found {args.seeds}")
-    import dvc.api
+    check_name(args.name)
     from tqdm import tqdm
 
     baseline = read_baseline()
     # Results do not depend on params and seed alone: another commit has other experiments.
-    state = repr((baseline.rev, baseline.patch or False, sorted(args.set_param)))
+    state = repr((baseline.rev, baseline.patch or False, args.set_param))
     name = f"{args.name}-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
     seeds = {f"{name}-{seed}": seed for seed in range(args.seeds)}
     trials = (Trial(one, (*args.set_param, f"train.seed={seed}")) for one, seed in seeds.items())
@@ -50,12 +50,12 @@ def main() -> None:
                     sys.exit(f"error: {trial.name} failed: {reason}")
                 bar.update()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     revs = experiments(baseline.folder, baseline.rev)
-    # Unlike metrics_show, read fetches what a cluster has pushed.
-    results = {seed: json.loads(dvc.api.read("metrics/evaluate.json", rev=revs[one])) for one, seed in seeds.items()}
-    classes = json.loads(dvc.api.read("metrics/per_class.json", rev=revs[f"{name}-0"]))["f1"]
+    # Unlike DVC's metrics_show, read fetches what a cluster has pushed.
+    results = {seed: json.loads(read("metrics/evaluate.json", one, revs[one])) for one, seed in seeds.items()}
+    classes = json.loads(read("metrics/per_class.json", f"{name}-0", revs[f"{name}-0"]))["f1"]
     summary = summarize({seed: metrics[METRIC] for seed, metrics in results.items()}, 1 / len(classes))
     if args.json:
         print(json.dumps({"name": name, "set_param": args.set_param, **summary}, indent=2))

@@ -9,13 +9,14 @@ python -m commands.sweep --trials 27 --budget 1,5 -S 'train.lr=interval(0.001,0.
 
 -S has Hydra's sweep syntax, as in `dvc exp run`: choice(a,b), a,b, range(start,stop,step), interval(low,high),
 int(interval(low,high)), tag(log,interval(low,high)); one value is set for all trials. Trials run in temporary folders:
-the workspace does not change. The same command goes on after an interruption, and runs nothing if all trials are there;
-a larger --trials adds some.
+the workspace does not change. The same command continues after an interruption, runs nothing if all trials are done,
+and runs more with a larger --trials.
 """
 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -29,7 +30,18 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from commands.sweep_result import draw, importances, publish, show
-from commands.trials import Baseline, Cluster, Here, Trial, add_arguments, experiments, open_place, read_baseline
+from commands.trials import (
+    Baseline,
+    Cluster,
+    Here,
+    Trial,
+    add_arguments,
+    check_name,
+    experiments,
+    open_place,
+    read,
+    read_baseline,
+)
 from dvc_mlflow.command import configure
 
 if TYPE_CHECKING:
@@ -79,9 +91,9 @@ def main() -> None:
         with FileLock(folder / "lock", timeout=0):
             result = Sweep(args, space, budget, baseline, folder).run()
     except Timeout:
-        sys.exit(f"error: expected to run sweep {args.name} alone, found a command that runs it; wait, or use --name")
+        sys.exit(f"error: expected no other command to run sweep {args.name}, found one; wait, or use --name")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -125,6 +137,7 @@ def read_space(arguments: list[str]) -> "dict[str, BaseDistribution]":
                 kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
                 space[key] = kind(min(values), max(values), step=abs(sweep.step))
             else:
+                sweep.shuffle = False  # the order is not what varies
                 space[key] = CategoricalDistribution([*dict.fromkeys(override.sweep_string_iterator())])
         except (DvcException, HydraException, ValueError, AttributeError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
@@ -140,8 +153,7 @@ def check(args: argparse.Namespace, space: "Mapping[str, BaseDistribution]") -> 
 
     if not space:
         sys.exit("error: expected a param that varies, found none; for example -S 'train.lr=interval(0.001,0.1)'")
-    if not re.fullmatch(r"[\w-]+", args.name):
-        sys.exit(f"error: expected a --name of letters, digits, _ and -, found {args.name}")
+    check_name(args.name)
     path, _, key = args.metric.rpartition(":")
     if not path or not key:
         sys.exit(f"error: expected --metric FILE:KEY, such as {METRIC}, found {args.metric}")
@@ -151,11 +163,9 @@ def check(args: argparse.Namespace, space: "Mapping[str, BaseDistribution]") -> 
             sys.exit(f"error: expected --maximize or --minimize, found neither, and {key} does not say which")
     if args.sampler == "grid":
         grid = math.prod(len(values_of(key, one)) for key, one in space.items())
-        args.trials = min(args.trials or grid, grid)
+        args.trials = grid if args.trials is None else min(args.trials, grid)
     if args.trials is None or args.trials < 1:
         sys.exit(f"error: expected --trials of at least 1, found {args.trials or 'none'}")
-    if "test" in key.lower():
-        print(f"note: {key} chooses the best trial, so it is no estimate of how good that trial is", file=sys.stderr)
 
 
 def read_budget(text: str | None, set_param: list[str]) -> list[str]:
@@ -168,11 +178,12 @@ def read_budget(text: str | None, set_param: list[str]) -> list[str]:
         numbers = [float(value) for value in values.split(",")]
     except ValueError:
         numbers = []
+    rungs = [value.strip() for value in values.split(",")]
     if len(numbers) < 2 or numbers != sorted(set(numbers)):
         sys.exit(f"error: expected --budget of at least two rising numbers, such as 1,5, found {text}")
     if key in {argument.partition("=")[0] for argument in set_param}:
         sys.exit(f"error: expected --budget alone to set {key}, found -S {key}=…, too; remove one")
-    return [f"{key}={value}" for value in values.split(",")]
+    return [f"{key}={value}" for value in rungs]
 
 
 def values_of(key: str, space: "BaseDistribution") -> list[Any]:
@@ -218,29 +229,38 @@ def _first(space: "BaseDistribution") -> list[Any]:
 
 
 def check_metric(folder: Path, metric: str) -> None:
-    """Exit if the pipeline declares no such metrics file, or if the file is there without the key."""
+    """Exit if the pipeline declares no such metrics file, or if the file is there without the key.
+
+    Also say so if the metric is of a test set.
+    """
     from dvc_mlflow.command import open_project
 
     path, _, key = metric.rpartition(":")
     with open_project() as project:
         declared = project.metrics_files()
-    if path not in declared:
-        sys.exit(f"error: expected a metrics file of dvc.yaml, found {path}; it has {', '.join(sorted(declared))}")
-    if (folder / path).exists():
-        find_metric(path, key, (folder / path).read_text(), path)
+        if path not in declared:
+            sys.exit(f"error: expected a metrics file of dvc.yaml, found {path}; it has {', '.join(sorted(declared))}")
+        if (folder / path).exists():
+            find_metric(path, key, (folder / path).read_text())
+        makers = [stage for stage in project.stages.values() if path in project.outs(stage)]
+        names = [key, *(dep.def_path for stage in makers for dep in stage.deps)]
+    if any(re.search(r"(?<![a-z])test(?![a-z])", name.lower()) for name in names):
+        print(f"note: {key} chooses the best trial, so it is a biased estimate for that trial", file=sys.stderr)
 
 
-def find_metric(path: str, key: str, text: str, where: str) -> float:
-    """The value in the text of a metrics file. Exits if it has no such number."""
+def find_metric(path: str, key: str, text: str) -> float:
+    """The value in the text of a metrics file. Raises UserError if it has no such number."""
     from dvc.utils.serialize import PARSERS
 
     from dvc_mlflow.execution import flatten
+    from dvc_mlflow.text import UserError
 
     values = flatten(PARSERS[Path(path).suffix](text, path))
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         numbers = [name for name, one in values.items() if isinstance(one, int | float) and not isinstance(one, bool)]
-        sys.exit(f"error: expected a number {key} in {where}, found {', '.join(numbers[:8])}; see --metric")
+        found = ", ".join(numbers[:8]) or "none"
+        raise UserError(f"expected a number {key} in {path}, found {found}; see --metric")
     return float(value)
 
 
@@ -268,8 +288,7 @@ class Sweep:
                 self.run_rung(study, budget, self.args.trials if not rungs else len(study.trials), place)
                 rungs.append(study)
         result = self.result(rungs)
-        if self.record(rungs[0], result):
-            publish(self.baseline, self.folder, result)
+        self.record(rungs[0], result)
         return result
 
     def run_rung(self, study: "Study", budget: str, total: int, place: Here | Cluster) -> None:
@@ -304,7 +323,7 @@ class Sweep:
         settings = {
             "commit": self.baseline.rev,
             "uncommitted changes": hashlib.sha256(self.baseline.patch).hexdigest() if self.baseline.patch else "",
-            "-S": sorted(self.args.set_param),
+            "-S": self.args.set_param,
             "--metric": self.args.metric,
             "direction": "maximize" if self.args.maximize else "minimize",
             "--sampler": self.args.sampler,
@@ -324,9 +343,6 @@ class Sweep:
                 sys.exit(
                     f"error: expected no experiment {taken[0]} before sweep {name}, found one; --name another sweep"
                 )
-            if self.args.sampler == "grid" and budget in ("", *self.budget[:1]):
-                for values in grid(self.space):
-                    study.enqueue_trial(values)
             study.set_user_attr("settings", settings)
         elif before != settings:
             key = next(key for key in settings if before.get(key) != settings[key])
@@ -338,18 +354,25 @@ class Sweep:
 
     def trials(self, study: "Study", budget: str, total: int) -> Iterator[Trial]:
         """The trials that were cut off, then new ones, each chosen when it is asked for."""
-        from optuna.samplers import RandomSampler, TPESampler
         from optuna.trial import TrialState
 
         for left in study.get_trials(states=[TrialState.RUNNING]):
             yield self.trial(left, budget)
-        while sum(one.state != TrialState.WAITING for one in study.get_trials(deepcopy=False)) < total:
-            # What is chosen depends on the trials before and on its number alone: not on interruptions.
-            number = len(study.get_trials(deepcopy=False))
-            tpe = self.args.sampler == "tpe"
-            study.sampler = TPESampler(seed=number, constant_liar=True) if tpe else RandomSampler(seed=number)
-            asked = study.ask(dict(self.space))
-            yield self.trial(study.get_trials(deepcopy=False)[asked.number], budget)
+        while (number := len(study.get_trials(deepcopy=False))) < total:
+            study.add_trial(running(self.choose(study, number), self.space))
+            yield self.trial(study.get_trials(deepcopy=False)[number], budget)
+
+    def choose(self, study: "Study", number: int) -> dict[str, Any]:
+        """The params of a trial. They depend on the name, the number and the trials before, not on interruptions."""
+        from optuna.samplers import RandomSampler, TPESampler
+
+        if self.args.sampler == "grid":
+            return next(itertools.islice(grid(self.space), number, None))
+        seed = int.from_bytes(hashlib.sha256(f"{self.args.name}-{number}".encode()).digest()[:4], "big")
+        tpe = self.args.sampler == "tpe"
+        sampler = TPESampler(seed=seed, constant_liar=True) if tpe else RandomSampler(seed=seed)
+        blank = running({}, {})
+        return {key: sampler.sample_independent(study, blank, key, one) for key, one in self.space.items()}
 
     def trial(self, trial: "FrozenTrial", budget: str) -> Trial:
         fixed = [argument for argument in self.args.set_param if argument.partition("=")[0] not in self.space]
@@ -362,9 +385,10 @@ class Sweep:
         return {"sweep": self.args.name, "sweep.trial": str(number), **rung}
 
     def tell(self, study: "Study", ended: Trial, reason: str) -> None:
-        """Record how a trial ended. Exits if its experiment has no such metric."""
-        import dvc.api
+        """Record how a trial ended: with a value, or as failed, if it has no such metric, too."""
         from optuna.trial import TrialState
+
+        from dvc_mlflow.text import UserError
 
         number = int(ended.tags["sweep.trial"])
         (trial,) = [one for one in study.get_trials(deepcopy=False) if number_of(one) == number]
@@ -372,8 +396,11 @@ class Sweep:
         if not reason:
             path, _, key = self.args.metric.rpartition(":")
             rev = experiments(self.baseline.folder, self.baseline.rev)[ended.name]
-            value = find_metric(path, key, dvc.api.read(path, rev=rev), f"{path} of {ended.name}")
-            reason = f"its {key} is not a number" if math.isnan(value) else ""
+            try:
+                value = find_metric(path, key, read(path, ended.name, rev))
+                reason = f"its {key} is not a number" if math.isnan(value) else ""
+            except UserError as error:
+                reason = str(error)
         if reason:
             study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
             study.tell(trial.number, state=TrialState.FAIL)
@@ -416,42 +443,43 @@ class Sweep:
             **reason,
         }
 
-    def record(self, study: "Study", result: Mapping[str, Any]) -> bool:
-        """Add what MLflow lacks of the trials: rows of those that DVC's run cache served, or that an outage cost.
+    def record(self, study: "Study", result: Mapping[str, Any]) -> None:
+        """Add what MLflow lacks: rows of trials that DVC's run cache served or that an outage cost, and the result.
 
-        `study` keeps which trials were recorded. Returns whether there were new ones.
+        `study` keeps which trials were recorded.
         """
         known = set(study.user_attrs.get("recorded", []))
-        names = {row["experiment"]: row for row in result["trials"]}
-        new = [name for name, row in names.items() if name not in known and row["value"] is not None]
-        if not names.keys() - known:
-            return False
+        rows = {row["experiment"]: row for row in result["trials"]}
+        if not rows.keys() - known:
+            return
         from dvc_mlflow.history import sync_history
         from dvc_mlflow.project import Project
         from dvc_mlflow.store import Store, describe
+        from dvc_mlflow.text import UserError
 
-        revs = experiments(self.baseline.folder, self.baseline.rev)
+        commits = experiments(self.baseline.folder, self.baseline.rev)
+        revs = {name: commits[name] for name in rows if name in commits and name not in known}
         try:
             store = Store(Project(self.baseline.folder))
-            for run in store.search({"sweep": self.args.name}, "RUNNING"):  # all trials have ended: its node was lost
-                store.terminate(run.info.run_id, "KILLED")
-            fetch = self.args.ray not in (None, "local")
-            lines = list(sync_history(store, [revs[name] for name in new], fetch)) if new else []
-            for name in new:
-                tags = self.tags(names[name]["trial"], names[name].get("budget", ""))
-                for run in store.search({"dvc.exp_name": name}):
+            own = {"dvc.exp_baseline_rev": self.baseline.rev}
+            for run in store.search({"sweep": self.args.name, **own}, "RUNNING"):
+                if run.data.tags["dvc.exp_name"] in rows:  # all trials have ended: its node was lost
+                    store.terminate(run.info.run_id, "KILLED")
+            lines = list(sync_history(store, [*revs.values()], self.args.ray not in (None, "local"))) if revs else []
+            for name in revs:
+                found = store.search({"dvc.exp_name": name, **own})
+                tags = self.tags(rows[name]["trial"], rows[name].get("budget", ""))
+                for run in found:
                     for key, value in tags.items():
                         if run.data.tags.get(key) != value:
                             store.client.set_tag(run.info.run_id, key, value)
+                if not found:
+                    raise UserError(next((line for line, failed in lines if failed), f"{name} has no row"))
+            publish(store, self.baseline, result)
         except Exception as error:  # the store's, of any kind: it costs the record, not the result
-            lines = [(f"{describe(error)}; the same command records the trials later", True)]
-        for line, failed in lines:
-            if failed:
-                print(f"warning: {line}", file=sys.stderr)
-        if any(failed for _, failed in lines):
-            return False
-        study.set_user_attr("recorded", sorted(known | names.keys()))
-        return True
+            print(f"warning: {describe(error)}; the same command records the trials later", file=sys.stderr)
+        else:
+            study.set_user_attr("recorded", sorted(known | rows.keys()))
 
 
 def number_of(trial: "FrozenTrial") -> int:
@@ -469,13 +497,18 @@ def promote(rung: "Study", later: "Study") -> None:
     known = {number_of(trial) for trial in later.trials}
     for trial in sorted(done, key=lambda one: (sign * one.value, one.number))[: math.ceil(len(done) / 3)]:  # type: ignore[operator]
         if number_of(trial) not in known:
-            later.enqueue_trial(trial.params, user_attrs={"number": number_of(trial)})
+            later.add_trial(running(trial.params, trial.distributions, number=number_of(trial)))
+
+
+def running(params: dict[str, Any], space: "Mapping[str, BaseDistribution]", **attributes: Any) -> "FrozenTrial":
+    """A trial to be recorded before it runs, as a whole: `Study.ask` would record one param after the other."""
+    from optuna.trial import TrialState, create_trial
+
+    return create_trial(state=TrialState.RUNNING, params=params, distributions=dict(space), user_attrs=attributes)
 
 
 def grid(space: "Mapping[str, BaseDistribution]") -> Iterator[dict[str, Any]]:
     """All combinations of the values."""
-    import itertools
-
     for values in itertools.product(*(values_of(key, one) for key, one in space.items())):
         yield dict(zip(space, values, strict=True))
 

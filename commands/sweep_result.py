@@ -15,6 +15,8 @@ from commands.trials import Baseline
 if TYPE_CHECKING:
     from optuna import Study
 
+    from dvc_mlflow.store import Store
+
 SHOWN = 10  # rows of the table
 RESULT = "sweep.result"  # the tag of the run that shows a sweep: its name and commit
 
@@ -108,31 +110,27 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def publish(baseline: Baseline, folder: Path, result: Mapping[str, Any]) -> None:
-    """Show the result as a run in MLflow: one for a sweep of a commit, which each call brings up to date."""
-    from dvc_mlflow.project import Project
-    from dvc_mlflow.store import Store, describe
+def publish(store: "Store", baseline: Baseline, result: Mapping[str, Any]) -> None:
+    """Show the result as a run in MLflow: one for a sweep of a commit, which each call brings up to date.
 
-    try:
-        store = Store(Project(baseline.folder))
-        client, identity = store.client, f"{result['name']} {baseline.rev}"
-        runs = store.search({RESULT: identity})
-        tags = {RESULT: identity, "sweep": result["name"], "mlflow.source.git.commit": baseline.rev}
-        created = runs or [client.create_run(store.experiment_id, tags=tags, run_name=f"sweep {result['name']}")]
-        run_id = created[0].info.run_id
-        client.set_tag(run_id, "mlflow.note.content", show(result, markdown=True))
-        client.set_tag(run_id, "sweep.best", result["best"] or "none")
-        values = {row["experiment"]: row["value"] for row in result["trials"]}
-        if result["best"]:
-            client.log_metric(run_id, result["metric"].rpartition(":")[2], values[result["best"]])
-        for param, value in result["importances"].items():
-            client.log_metric(run_id, f"importance.{param}", value)
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False))
-            (Path(scratch) / "result.md").write_text(show(result, markdown=True) + "\n")
-            for figure in result["figures"]:
-                (Path(scratch) / Path(figure).name).write_bytes((baseline.folder / figure).read_bytes())
-            client.log_artifacts(run_id, scratch)
-        client.set_terminated(run_id, "FINISHED")
-    except Exception as error:  # the store's, of any kind: it costs the record, not the result
-        print(f"warning: {describe(error)}; MLflow lacks the run of this sweep", file=sys.stderr)
+    Raises any error of the store.
+    """
+    client, identity = store.client, f"{result['name']} {baseline.rev}"
+    runs = store.search({RESULT: identity})
+    tags = {RESULT: identity, "sweep": result["name"], "mlflow.source.git.commit": baseline.rev}
+    created = runs or [client.create_run(store.experiment_id, tags=tags, run_name=f"sweep {result['name']}")]
+    run_id = created[0].info.run_id
+    client.set_tag(run_id, "mlflow.note.content", show(result, markdown=True))
+    client.set_tag(run_id, "sweep.best", result["best"] or "none")
+    values = {row["experiment"]: row["value"] for row in result["trials"]}
+    if result["best"]:
+        client.log_metric(run_id, result["metric"].rpartition(":")[2], values[result["best"]])
+    for param, value in result["importances"].items():
+        client.log_metric(run_id, f"importance.{param}", value)
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False))
+        (Path(scratch) / "result.md").write_text(show(result, markdown=True) + "\n")
+        for figure in result["figures"]:
+            (Path(scratch) / Path(figure).name).write_bytes((baseline.folder / figure).read_bytes())
+        client.log_artifacts(run_id, scratch)
+    client.set_terminated(run_id, "FINISHED")

@@ -8,12 +8,14 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -21,13 +23,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 LOCKS = Path(".dvc", "tmp", "trials")  # DVC keeps .dvc/tmp out of git
 DVC = (sys.executable, "-m", "dvc")
 REMOTE = "origin"  # where a cluster's nodes get the project from: DVC's default for experiments, too
 RETRIES = 5  # of a trial whose node dies
 CONNECT_SECONDS = 5
+START_SECONDS = 30  # in which DVC has put the workspace back
+
+
+class NotRunError(Exception):
+    """What kept a trial from being run, in one line. The trial has not failed: the same command runs it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ def read_baseline() -> Baseline:
 
     try:
         with Repo() as repo:
-            baseline = Baseline(Path(repo.root_dir), repo.scm.get_rev(), _git(Path(repo.root_dir), "diff", "HEAD"))
+            folder = Path(repo.root_dir)
+            baseline = Baseline(folder, repo.scm.get_rev(), _changes(folder))
     except (DvcException, SCMError) as error:
         sys.exit(f"error: {error}")
     except FileNotFoundError as error:
@@ -78,17 +86,31 @@ def _ref(rev: str, name: str) -> str:
     return f"refs/exps/{rev[:2]}/{rev[2:]}/{name}"
 
 
+def _head(folder: Path) -> str:
+    return _git(folder, "rev-parse", "HEAD").decode().strip()
+
+
+def _changes(folder: Path) -> bytes:
+    """The uncommitted changes to the files that git tracks."""
+    return _git(folder, "diff", "--binary", "HEAD")
+
+
 def _git(folder: Path, *arguments: str) -> bytes:
     return _checked(folder, ["git", *arguments])
 
 
 def _checked(folder: Path, command: Sequence[str]) -> bytes:
-    """What the command prints. Raises CalledProcessError, with what it says of the error."""
+    """The command's output. Raises CalledProcessError, with its error message."""
     return subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout
 
 
-def run(folder: Path, rev: str, trial: Trial) -> str:
-    """Run a trial in a temporary copy of the project, unless its experiment exists; return why it failed, or ""."""
+def run(baseline: Baseline, trial: Trial, stopped: threading.Event | None = None, reset: bool = False) -> str:
+    """Run a trial in a temporary copy of the project, unless its experiment exists; return why it failed, or "".
+
+    Raises NotRunError if the workspace is not the baseline's any more, or if `stopped` is set before the trial starts.
+    With `reset`, for a clone of a node's own, the workspace is put back first.
+    """
+    folder, rev = baseline.folder, baseline.rev
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
     with (folder / LOCKS / f"{trial.name}.lock").open("w") as own:
         fcntl.flock(own, fcntl.LOCK_EX)  # DVC holds it, too: it may still run a trial of a command that was killed
@@ -98,18 +120,29 @@ def run(folder: Path, rev: str, trial: Trial) -> str:
             return "" if said == message else f"another experiment has this name: {said.splitlines()[0]}"
         changes = [argument for change in trial.changes for argument in ("--set-param", change)]
         output: list[str] = []
-        # DVC puts each experiment on a stash, and takes the first one from it: one of two that start at once may take
-        # the other's.
+        # DVC makes the experiment in the workspace, puts it on a stash, puts the workspace back and takes the first
+        # experiment from the stash: two that start at once would be mixed up.
         with FileLock(folder / LOCKS / "start"):
+            if stopped and stopped.is_set():
+                raise NotRunError("it was stopped")
+            if reset:
+                _git(folder, "reset", "--quiet", "--hard", rev)
+            if (_head(folder), _changes(folder)) != (rev, baseline.patch):
+                raise NotRunError(
+                    f"expected the workspace as it was when {trial.name} was planned, at commit {rev[:7]}, found "
+                    "another commit or other changes; `git stash` or `git checkout` them"
+                )
             process = subprocess.Popen(
-                [*DVC, "exp", "run", "--temp", "--name", trial.name, "--message", message, *changes],
+                [*DVC, "--wait-for-lock", "exp", "run", "--temp", "--name", trial.name, "--message", message, *changes],
                 cwd=folder,
                 env=os.environ | _environment(trial),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                errors="replace",  # of a stage that prints in another encoding
                 pass_fds=[own.fileno()],
+                process_group=0,  # Ctrl-C is for this command, which does not stop DVC while it changes the workspace
             )
             assert process.stdout
             for line in process.stdout:
@@ -118,7 +151,19 @@ def run(folder: Path, rev: str, trial: Trial) -> str:
                     break
         output += process.stdout
         process.wait()
-        return "" if trial.name in experiments(folder, rev) else _reason(output)
+        return "" if trial.name in experiments(folder, rev) else reason_of(output)
+
+
+@contextlib.contextmanager
+def _no_start(folder: Path) -> Iterator[None]:
+    """Start no trial meanwhile: DVC changes the workspace at a start, and must not be stopped before it is put back."""
+    lock = FileLock(folder / LOCKS / "start")
+    with contextlib.suppress(Timeout):  # DVC waits for another command, and has changed nothing
+        lock.acquire(timeout=START_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _environment(trial: Trial) -> dict[str, str]:
@@ -127,10 +172,10 @@ def _environment(trial: Trial) -> dict[str, str]:
     return {"PATH": path, "PYTHONUNBUFFERED": "1", **tags}  # so that DVC says at once that it has started
 
 
-def _reason(output: list[str]) -> str:
+def reason_of(output: list[str]) -> str:
     """Why DVC failed: what the stage says, else what DVC says."""
     lines = [line.strip() for line in output if line.strip()]
-    for pattern in (r"error: ", r"ERROR: (?!failed to reproduce)", ""):
+    for pattern in (r"error: ", r"ERROR: (?!failed to reproduce)", r"ERROR: "):
         for number, line in enumerate(lines):
             if re.match(pattern, line):
                 rest = lines[number + 1 :]
@@ -153,6 +198,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_name(name: str) -> None:
+    """Exit if experiments and files could not have this name."""
+    if not re.fullmatch(r"[\w-]+", name):
+        sys.exit(f"error: expected a --name of letters, digits, _ and -, found {name}")
+
+
+def read(path: str, trial: str, rev: str) -> str:
+    """A file of a trial's experiment, from git, DVC's cache or the remote. Exits if it is in none of them."""
+    import dvc.api
+
+    try:
+        return dvc.api.read(path, rev=rev)
+    except Exception as error:  # of a remote, of any kind
+        reason = _last(str(error))
+        sys.exit(f"error: expected {path} of {trial}, found none: {reason}; the same command continues")
+
+
 def open_place(baseline: Baseline, args: argparse.Namespace) -> "Here | Cluster":
     """Where to run trials. Exits if that cannot be."""
     if args.jobs is not None and args.jobs < 1:
@@ -164,18 +226,26 @@ class Here:
     """Runs trials on this machine, at most `jobs` at a time."""
 
     def __init__(self, baseline: Baseline, jobs: int) -> None:
-        self.slots, self._baseline, self._pool = jobs, baseline, ThreadPoolExecutor(jobs)
+        self.slots, self._baseline, self._pool, self._stopped = (
+            jobs,
+            baseline,
+            ThreadPoolExecutor(jobs),
+            threading.Event(),
+        )
 
     def __enter__(self) -> Self:
-        signal.signal(signal.SIGTERM, _exit)
+        _exit_on_signals()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind:
             import psutil
 
-            for process in psutil.Process().children(recursive=True):
-                process.terminate()
+            self._stopped.set()
+            with _no_start(self._baseline.folder):
+                for process in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.terminate()
         self._pool.shutdown()
 
     def run(self, trials: Iterator[Trial]) -> Iterator[tuple[Trial, str]]:
@@ -183,20 +253,25 @@ class Here:
         running: dict[Future[str], Trial] = {}
         while True:
             while len(running) < self.slots and (trial := next(trials, None)):
-                running[self._pool.submit(run, self._baseline.folder, self._baseline.rev, trial)] = trial
+                running[self._pool.submit(run, self._baseline, trial, self._stopped)] = trial
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(done), done.result()
+                trial = running.pop(done)
+                try:
+                    reason = done.result()
+                except NotRunError as error:
+                    sys.exit(f"error: {error}; the same command continues")
+                yield trial, reason
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a Ray task finds the project: in this folder, or at this address of a git repository."""
+    """Where a Ray task finds the project: in its folder, or in the git repository at `url`."""
 
-    folder: str
-    url: str
-    rev: str
+    baseline: Baseline
+    url: str  # "" for the folder
+    prefix: str  # of the project in the git repository
     identity: Mapping[str, str]  # git's configuration for the commits of experiments
     env: Mapping[str, str]
 
@@ -221,21 +296,23 @@ class Cluster:
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **new)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             sys.exit(f"error: expected a Ray cluster at {address}, found none: {str(error).splitlines()[0]}")
-        self._ray, self._params = ray, dvc.api.params_show().get("train", {})
+        self._ray, self._params, self._cpus = ray, dvc.api.params_show().get("train", {}), 1
         identity = {key: _git(baseline.folder, "config", key).decode().strip() for key in ("user.name", "user.email")}
         env = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME") if key in os.environ}
-        self._source = Source("" if self.remote else str(baseline.folder), url, baseline.rev, identity, env)
+        prefix = _git(baseline.folder, "rev-parse", "--show-prefix").decode().strip()
+        self._source = Source(baseline, url, prefix, identity, env)
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes have no code of this project
         self._task = ray.remote(max_retries=RETRIES)(work)
 
     def __enter__(self) -> Self:
-        signal.signal(signal.SIGTERM, _exit)
+        _exit_on_signals()
         self._redirected = contextlib.redirect_stdout(sys.stderr)  # Ray says there that a node is lost
         self._redirected.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ray.shutdown()
+        with contextlib.nullcontext() if self.remote else _no_start(self._baseline.folder):
+            self._ray.shutdown()
         self._redirected.__exit__(None, None, None)
 
     def run(self, trials: Iterator[Trial]) -> Iterator[tuple[Trial, str]]:
@@ -252,11 +329,14 @@ class Cluster:
                 reason, trouble = self._ray.get(done)
             except self._ray.exceptions.RayError as error:
                 reason, trouble = "", f"Ray lost {trial.name}: {_last(str(error))}"
-            if trouble:
-                sys.exit(f"error: {trouble}; the same command goes on")
-            if not reason and self.remote:
+            if not trouble and not reason and self.remote:
                 ref = _ref(self._baseline.rev, trial.name)
-                _git(self._baseline.folder, "fetch", "--quiet", REMOTE, f"{ref}:{ref}")
+                try:
+                    _git(self._baseline.folder, "fetch", "--quiet", REMOTE, f"{ref}:{ref}")
+                except subprocess.CalledProcessError as error:
+                    trouble = f"expected {trial.name} from git remote {REMOTE}, found: {_last(error.stderr.decode())}"
+            if trouble:
+                sys.exit(f"error: {trouble}; the same command continues")
             yield trial, reason
 
     def _needs(self, trial: Trial) -> dict[str, int]:
@@ -268,6 +348,7 @@ class Cluster:
         threads = str(params.get("threads", 1))
         need = {"num_cpus": int(threads) if threads.isdigit() else 1, "num_gpus": int(params.get("device") == "cuda")}
         cpus, gpus = need.values()
+        self._cpus = cpus
         most = max((node.get("CPU", 0) for node in self._nodes() if node.get("GPU", 0) >= gpus), default=0)
         if most < cpus:
             sys.exit(
@@ -280,16 +361,16 @@ class Cluster:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _slots(self) -> int:
-        threads = str(self._params.get("threads", 1))
-        room = sum(int(node.get("CPU", 0)) // (int(threads) if threads.isdigit() else 1) for node in self._nodes())
-        return min(self._jobs or room, max(room, 1))
+        """How many trials there is room for, if each needs what the last one did; at least one, which Ray may delay."""
+        room = sum(int(node.get("CPU", 0)) // self._cpus for node in self._nodes())
+        return max(1, min(self._jobs or room, room))
 
 
 def _check_remotes(baseline: Baseline) -> str:
     """The address of the git remote, from which nodes clone. Exits if they could not, or could not push results."""
     folder = baseline.folder
     if baseline.patch:
-        sys.exit("error: expected committed changes only, found others, which a cluster does not see; commit first")
+        sys.exit("error: expected no uncommitted changes, found some, which a cluster does not see; commit first")
     found = subprocess.run(["git", "remote", "get-url", REMOTE], cwd=folder, capture_output=True, text=True)
     if found.returncode:
         sys.exit(
@@ -324,27 +405,33 @@ def _check_answers(address: str) -> None:
 
 def work(source: Source, trial: Trial) -> tuple[str, str]:
     """Run a trial in a Ray task. Return why it failed or "", and what kept it from being run or pushed or ""."""
+    import ray
+
     os.environ |= source.env
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray's; the stages set their own
-    if not source.url:
-        return run(Path(source.folder), source.rev, trial), ""
     try:
-        folder, ref = clone(source), _ref(source.rev, trial.name)
+        if not source.url:
+            return run(source.baseline, trial), ""
+        if not ray.get_gpu_ids():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trial that asks for no GPU has the bits of a CPU on all nodes
+        folder, ref = clone(source), _ref(source.baseline.rev, trial.name)
         if _pushed(folder, ref):  # by a node that was lost before it could say so: the trial is done
             _git(folder, "fetch", "--quiet", REMOTE, f"+{ref}:{ref}")
-        reason = run(folder, source.rev, trial)
+        reason = run(Baseline(folder, source.baseline.rev, b""), trial, reset=True)
         if not reason:
             push(folder, source, trial)
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd[:4]))
         return "", f"expected `{command} …` to work on a node, found: {_last(error.stderr.decode())}"
+    except NotRunError as error:
+        return "", str(error)
     except OSError as error:
         return "", f"expected to run {trial.name} on a node, found {error}"
     return reason, ""
 
 
 def clone(source: Source) -> Path:
-    """This node's clone of the project at the commit, with the data that the DVC remote has."""
+    """The project in this node's clone at the commit, with the data that the DVC remote has."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
@@ -353,23 +440,27 @@ def clone(source: Source) -> Path:
     status = parent.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise OSError(f"{parent} is not a folder of this user")
-    key = hashlib.sha256(f"{source.url} {source.rev} {node}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{source.url} {source.baseline.rev} {node}".encode()).hexdigest()[:16]
     folder = parent / key
     with FileLock(f"{folder}.lock"):
         if not (folder / ".git" / "complete").exists():
             if not folder.exists():
-                _git(parent, "clone", "--quiet", "--no-checkout", source.url, key)
-            _git(folder, "checkout", "--quiet", "--detach", source.rev)
+                shutil.rmtree(parent / f"{key}.part", ignore_errors=True)
+                _git(parent, "clone", "--quiet", "--no-checkout", source.url, f"{key}.part")
+                (parent / f"{key}.part").rename(folder)
+            _git(folder, "checkout", "--quiet", "--detach", source.baseline.rev)
             for name, value in source.identity.items():
                 _git(folder, "config", name, value)
-            _checked(folder, [*DVC, "pull", "--allow-missing"])  # what the remote lacks, the stages make
+            _checked(
+                folder / source.prefix, [*DVC, "pull", "--allow-missing"]
+            )  # what the remote lacks, the stages make
             (folder / ".git" / "complete").touch()
-    return folder
+    return folder / source.prefix
 
 
 def push(folder: Path, source: Source, trial: Trial) -> None:
     """Push what the experiment made to the DVC remote, then the experiment to the git remote: there, it is whole."""
-    ref = _ref(source.rev, trial.name)
+    ref = _ref(source.baseline.rev, trial.name)
     own = _git(folder, "rev-parse", ref).decode().strip()
     if other := _pushed(folder, ref):
         _git(folder, "fetch", "--quiet", REMOTE, ref)
@@ -392,6 +483,11 @@ def _last(text: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("hint:")]
     return lines[-1] if lines else "nothing"
+
+
+def _exit_on_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit)
 
 
 def _exit(number: int, _: object) -> NoReturn:

@@ -45,6 +45,12 @@ def test_a_recipe_that_fails_is_reported_with_dvc_s_reason(project: Project) -> 
     assert "train.lr" in failed.stderr
 
 
+def test_a_name_that_no_file_could_have_is_refused(project: Project) -> None:
+    failed = project.command("replicate", "--seeds", "1", "--name", "a/b", check=False)
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+    assert failed.stderr.startswith("error: expected a --name of letters, ")
+
+
 def test_without_a_commit_it_says_so_in_one_line(fresh_project: Project, tmp_path: Path) -> None:
     project = copy(fresh_project, tmp_path)
     shutil.rmtree(project.folder / ".git")

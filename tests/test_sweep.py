@@ -1,5 +1,6 @@
 """A sweep is a row of real experiments, chosen by Optuna, that goes on where it was."""
 
+import argparse
 import json
 import re
 import shutil
@@ -10,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo, lock_repo
 from support.commands import environment
 from support.project import ROOT, Project, copy
 from support.store import Store
 
-from commands.sweep import read_space, values_of
+from commands.sweep import Sweep, read_space, running, values_of
+from commands.trials import Baseline, reason_of
 
 SPACE = ("-S", "train.lr=tag(log,interval(1e-3,1e-1))", "-S", "train.epochs=1")
 BATCHES = ("-S", "train.batch_size=choice(16,32)", "-S", "train.epochs=1", "--sampler", "grid")
@@ -162,17 +165,79 @@ def test_a_sweep_that_was_stopped_goes_on_and_runs_no_trial_twice(
         assert "RUNNING" not in {run.info.status for run in trained}
 
 
-def test_a_failed_trial_is_said_with_its_reason_and_the_others_run(project: Project) -> None:
-    command = ("-S", "train.lr=-1,0.01", "-S", "train.epochs=1", "--sampler", "grid", "--name", "some", "--json")
+def test_a_failed_trial_is_listed_with_its_reason_and_the_others_run(project: Project) -> None:
+    sizes = "train.validation_size=-1,0,100"  # no such size; no validation, and so no metric; one that works
+    command = ("-S", sizes, "-S", "train.epochs=1", "--sampler", "grid", "--name", "some", "--json")
     result = json.loads(project.command("sweep", *command).stdout)
-    assert [(row["experiment"], row["state"]) for row in result["trials"]] == [
-        ("some-0", "failed"),
-        ("some-1", "complete"),
-    ]
-    assert "train.lr" in result["trials"][0]["reason"]
-    assert result["best"] == "some-1"
+    assert [row["state"] for row in result["trials"]] == ["failed", "failed", "complete"]
+    assert "train.validation_size" in result["trials"][0]["reason"]
+    assert "expected a number validation_accuracy in metrics/train.json" in result["trials"][1]["reason"]
+    assert result["best"] == "some-2"
     assert json.loads(project.command("sweep", *command).stdout) == result
-    assert experiments(project) == ["some-1"]
+    assert experiments(project) == ["some-1", "some-2"]
+
+
+def test_a_trial_that_was_killed_says_so() -> None:
+    said = ["Reproducing experiment 'some-0'", "Running stage 'train':", "> dvc-mlflow run …"]
+    killed = "failed to reproduce 'train': failed to run: …, exited with -9"
+    assert reason_of([*said, f"ERROR: {killed}"]) == killed
+    assert reason_of([*said, "error: expected more", "ERROR: failed to reproduce 'train'"]) == "expected more"
+    assert reason_of(said) == "it was killed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_while_dvc_prepares_a_trial_leaves_the_workspace_as_it_was(
+    number: signal.Signals, project: Project
+) -> None:
+    project.set("evaluate.batch_size", 50)
+    before = project.run("git", "diff", "HEAD").stdout
+    process = start(project, "--trials", "1", *SPACE, "--name", "early")
+    head = project.folder / ".git/HEAD"
+    while head.read_text().startswith("ref: "):  # DVC detaches it
+        assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    process.communicate()
+    assert head.read_text() == "ref: refs/heads/main\n"
+    assert project.run("git", "diff", "HEAD").stdout == before
+    assert json.loads(project.command("sweep", "--trials", "1", *SPACE, "--name", "early", "--json").stdout)["best"]
+
+
+def test_a_sweep_waits_for_other_commands_of_dvc_and_refuses_changes_made_meanwhile(project: Project) -> None:
+    command = ("--trials", "2", *SPACE, "--name", "busy")
+    with Repo(str(project.folder)) as repo, lock_repo(repo):
+        process = start(project, *command)
+        time.sleep(8)  # DVC by itself gives up after 3 s
+    while not any((project.folder / ".dvc/tmp/exps/standalone").glob("*/stages")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    while not (project.folder / ".git/HEAD").read_text().startswith("ref: "):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    project.set("evaluate.batch_size", 50)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: expected the workspace as it was when busy-1 was planned, ")
+    project.run("git", "checkout", "-q", "params.yaml")
+    result = json.loads(project.command("sweep", *command, "--json").stdout)
+    assert [row["state"] for row in result["trials"]] == ["complete"] * 2
+
+
+def test_the_params_of_a_trial_depend_on_the_name_the_number_and_the_trials_before(tmp_path: Path) -> None:
+    import optuna
+
+    space = read_space(["lr=interval(0,1)", "size=choice(1,2,3)"])
+
+    def chosen(name: str, sampler: str) -> list[dict[str, object]]:
+        sweep = Sweep(argparse.Namespace(name=name, sampler=sampler), space, [], Baseline(tmp_path, "", b""), tmp_path)
+        study, found = optuna.create_study(), []
+        for number in range(4):
+            found.append(sweep.choose(study, number))
+            study.add_trial(running(found[-1], space))
+            study.tell(number, float(number))
+        return found
+
+    for sampler in ("tpe", "random"):
+        assert chosen("one", sampler) == chosen("one", sampler) != chosen("two", sampler)
 
 
 BAD = {
@@ -226,7 +291,7 @@ def test_a_sweep_does_not_go_on_from_another_commit(swept: Project, tmp_path: Pa
     assert failed.stderr.startswith("error: expected sweep grid to go on with commit ")
 
 
-def test_the_test_set_never_chooses_without_a_word(swept: Project) -> None:
+def test_choosing_by_the_test_set_prints_a_note(swept: Project) -> None:
     assert "validation_accuracy" in json.loads((swept.folder / "result.json").read_text())["metric"]
     metric = ("--metric", "metrics/evaluate.json:test_accuracy")
     found = swept.command("sweep", *metric, *BATCHES, "--name", "tested", "--trials", "1", "--json")
