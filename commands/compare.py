@@ -64,12 +64,12 @@ def main() -> None:
     with open_project() as project:
         a, b = read_result(project, args.A), read_result(project, args.B)
         comparison = compare(a, b)
-    if args.json:
-        print(json.dumps(comparison, indent=2, ensure_ascii=False))
-    elif args.md:
-        print(markdown(comparison, a, b))
-    else:
-        show(comparison, a, b)
+        if args.json:
+            print(json.dumps(comparison, indent=2, ensure_ascii=False))
+        elif args.md:
+            print(markdown(comparison, a, b))
+        else:
+            show(comparison, a, b)
     if comparison["verdict"] == "worse":
         sys.exit(WORSE)
 
@@ -81,24 +81,20 @@ def read_result(project: "Project", name: str) -> Result:
     """
     if re.fullmatch("[0-9a-f]{32}", name):
         return _read_run(name)
+    from dvc_mlflow.status import changed
     from dvc_mlflow.text import UserError
 
     with at(project, name) as (there, commit):
-        if found := stale(there):
+        if found := list(changed(there)):
             raise UserError(
-                f"expected results of {name}'s own code, params and data, found those of others: {found}; "
+                f"expected results made with {name}'s own code, params and data, found others: {first_of(found)}; "
                 "`dvc repro`, then commit dvc.lock"
             )
         return read_revision(there, name, commit)
 
 
-def stale(there: "Project") -> str:
-    """Where dvc.lock is not what the code, params and data beside it say: the first place; "" if nowhere."""
-    from dvc_mlflow.status import changed
-
-    found = list(changed(there))
-    others = f", and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{found[0]}{others}" if found else ""
+def first_of(found: Sequence[str]) -> str:
+    return f"{found[0]}, and {len(found) - 1} more" if len(found) > 1 else found[0]
 
 
 @contextlib.contextmanager
@@ -203,7 +199,7 @@ def _read_run(run_id: str) -> Result:
             children = store.search({"stage": "evaluate", "mlflow.parentRunId": run_id}, "FINISHED")
             if not children:
                 raise UserError("it has no evaluation; `dvc repro` and `make sync` make one")
-            evaluation = children[0]
+            evaluation = children[-1]  # the last one
         with tempfile.TemporaryDirectory() as folder:
             path = store.client.download_artifacts(evaluation.info.run_id, PREDICTIONS, folder)
             predictions = pd.read_parquet(path)
@@ -289,7 +285,8 @@ def sentence(a: str, b: str, found: str, p: float, low: float, high: float) -> s
     chance = f"p {'< 0.0001' if p < 0.0001 else f'= {p:.4f}'}"
     if found == "no evidence of a difference":
         most = max(abs(low), abs(high))
-        return f"There is no evidence of a difference between {b} and {a} ({chance}): it is at most {most:.2%}."
+        pair = f"{b} and {a} ({chance})"
+        return f"There is no evidence of a difference between {pair}: the 95 % interval is within ±{most:.2%}."
     return f"{b} is {found} than {a}, by {abs(low + high) / 2:.2%} of the test images ({chance})."
 
 

@@ -6,7 +6,7 @@ python -m commands.promote --force RUN_ID   without a comparison: to go back, fo
 
 The model is registered as `fashion-mnist-lenet`; `models:/fashion-mnist-lenet@champion` loads the last promoted one.
 Nothing else moves that alias. Models are compared as by `python -m commands.compare`. Identical weights are one
-version, whose tags say who promoted it, when, instead of what and with which verdict. The exit code is 3 if the model
+version, whose tags say who promoted it and when, what it replaced, and the verdict. The exit code is 3 if the model
 is worse.
 """
 
@@ -58,7 +58,7 @@ def find_run(store: "Store", run_id: str | None) -> "Run":
             raise UserError(f"expected a train run, found {run.info.run_name}; `make ui` shows the runs")
         return run
     if stale := next(changed(store.project), None):
-        raise UserError(f"expected dvc.lock as code, params and data say, found {stale}; `dvc repro`, or name a run")
+        raise UserError(f"expected dvc.lock to match code, params and data, found {stale}; `dvc repro`, or name a run")
     execution = store.project.locked("train")
     if execution and digest_of(store.project, MODEL, execution.outs[MODEL]) != execution.outs[MODEL]:
         raise UserError(f"expected {MODEL} as in dvc.lock, found none; `dvc pull` gets it, or name a run")
@@ -88,7 +88,12 @@ def promote(store: "Store", run: "Run", force: bool) -> None:
         print(f"{run.info.run_name} is the {ALIAS} already: {NAME} version {champion.version}")
         return
     verdict = "not compared: there was no other" if champion is None else "not compared: --force"
-    if champion and champion.run_id and not force:
+    if champion and not force:
+        if not champion.run_id:
+            raise UserError(
+                f"expected version {champion.version}, the {ALIAS}, to name the run that made it, found none; "
+                "--force promotes without a comparison"
+            )
         comparison = compare(read_result(store.project, champion.run_id), read_result(store.project, run.info.run_id))
         verdict = comparison["sentence"]
         print(verdict)

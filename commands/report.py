@@ -4,8 +4,8 @@ python -m commands.report origin/main                    HEAD against the branch
 python -m commands.report v1.0 slower                    any git revisions, DVC experiments, or `workspace`
 python -m commands.report --output report origin/main    also as report/report.md, with the figures of both beside it
 
-It prints which stages ran again and why, and the comparison of `python -m commands.compare`. If dvc.lock is not what
-the code, params and data beside it say, the first line says so, and that side's results are left out. Results may come
+It prints which stages ran again and why, and the comparison of `python -m commands.compare`. If dvc.lock does not match
+the code, params and data beside it, the first line says so, and that side's results are left out. Results may come
 from DVC's remote. If an MLflow server is named, the rows are linked. The exit code is 3 if HEAD is worse, 1 if the two
 cannot be compared.
 """
@@ -23,12 +23,12 @@ from commands.compare import (
     Result,
     at,
     compare,
+    first_of,
     heading,
     markdown,
     markdown_table,
     read_file,
     read_revision,
-    stale,
     tables,
 )
 
@@ -41,12 +41,13 @@ MARK = "<!-- commands.report -->"  # by which .ci/comment finds the comment that
 
 @dataclass(frozen=True)
 class Side:
-    """BASE or HEAD; without a result if `problem` says why, and without figures then."""
+    """BASE or HEAD. If there is no result, `problem` says why."""
 
     heading: str
     executions: "Mapping[str, Execution | None]"  # by stage
     result: Result | None
     problem: str
+    stale: Sequence[str]  # where dvc.lock is not what the code, params and data beside it say
     figures: Mapping[str, bytes]  # by path
     lacking: Sequence[str]  # the figures that are neither here nor in the remote
 
@@ -71,14 +72,14 @@ def main() -> None:
                 problems.append(str(error))
         parts = [f"**{problem}**" for problem in problems]
         if comparison and base.result and head.result:
-            parts += [f"**{comparison['sentence']}**", stages(base, head)]
+            parts += [f"**{comparison['sentence']}**", *stages(base, head)]
             parts.append(markdown(comparison, base.result, head.result, sentence=False))
         else:
-            parts += [stages(base, head), *_metrics(base, head)]
+            parts += [*stages(base, head), *_metrics(base, head)]
         parts += [*rows(project, base, head), *_lacking(base, head)]
         if args.output:
             write_report(args.output, parts, base, head)
-    print("\n\n".join([*parts, MARK]))
+        print("\n\n".join([*parts, MARK]))
     if problems:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
     if comparison and comparison["verdict"] == "worse":
@@ -87,6 +88,7 @@ def main() -> None:
 
 def read_side(project: "Project", name: str) -> Side:
     """What a revision, an experiment or the workspace has. Raises UserError if there is none of that name."""
+    from dvc_mlflow.status import changed
     from dvc_mlflow.text import UserError
 
     with at(project, name) as (there, commit):
@@ -95,10 +97,10 @@ def read_side(project: "Project", name: str) -> Side:
         result, figures, lacking = None, {}, []
         if not any(executions.values()):
             problem = f"expected results in {title}, found none in dvc.lock; `dvc repro`, then commit dvc.lock"
-            return Side(title, executions, None, problem, {}, [])
-        if found := stale(there):
-            problem = f"dvc.lock of {title} is stale: {found}; `dvc repro`, then commit dvc.lock"
-            return Side(title, executions, None, problem, {}, [])
+            return Side(title, executions, None, problem, [], {}, [])
+        if found := list(changed(there)):
+            problem = f"dvc.lock of {title} is stale: {first_of(found)}; `dvc repro`, then commit dvc.lock"
+            return Side(title, executions, None, problem, found, {}, [])
         problem = ""
         try:
             result = read_revision(there, name, commit)
@@ -113,7 +115,7 @@ def read_side(project: "Project", name: str) -> Side:
                 figures[path] = data
             else:
                 lacking.append(path)
-    return Side(title, executions, result, problem, figures, lacking)
+    return Side(title, executions, result, problem, [], figures, lacking)
 
 
 def pictures(executions: "Mapping[str, Execution | None]") -> Iterator[tuple[str, str]]:
@@ -124,14 +126,19 @@ def pictures(executions: "Mapping[str, Execution | None]") -> Iterator[tuple[str
                 yield path, execution.outs[path]
 
 
-def stages(base: Side, head: Side) -> str:
-    """A table of the stages: which ran again, and what of theirs changed."""
+def stages(base: Side, head: Side) -> Iterator[str]:
+    """A table of the stages: which ran again, and why; if a side is stale, what changed since it ran."""
+    if base.stale or head.stale:
+        for side in (base, head):
+            if side.stale:
+                yield f"### changed in {side.heading} since it ran\n\n" + "\n".join(f"- {line}" for line in side.stale)
+        return
     made = {path for side in (base, head) for one in side.executions.values() if one for path in one.outs}
     found = [
         (address, *_change(base.executions.get(address), head.executions.get(address), made))
         for address in {**base.executions, **head.executions}
     ]
-    return "### stages\n\n" + markdown_table(("stage", "", f"changed since {base.heading}"), found)
+    yield "### stages\n\n" + markdown_table(("stage", "", f"changed since {base.heading}"), found)
 
 
 def _change(base: "Execution | None", head: "Execution | None", made: set[str]) -> tuple[str, str]:
@@ -146,7 +153,7 @@ def _change(base: "Execution | None", head: "Execution | None", made: set[str]) 
     paths = [path for path in sorted({*base.deps, *head.deps}) if base.deps.get(path) != head.deps.get(path)]
     names += [f"`{path}`" for path in sorted(paths, key=lambda path: path in made)]  # code first
     if base.fingerprint == head.fingerprint:
-        return ("as it was", "") if base.outs == head.outs else ("other results of the same inputs", "")
+        return ("unchanged", "") if base.outs == head.outs else ("different results from the same inputs", "")
     return "ran again" + (", same results" if base.outs == head.outs else ""), ", ".join(names)
 
 

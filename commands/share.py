@@ -5,7 +5,7 @@ python -m commands.share pull                    make pull: get them, and check 
 python -m commands.share push --remote backup    to another DVC remote than the default; --git-remote for git's
 
 After a pull, `dvc repro` runs nothing that anyone has run and pushed. `dvc push --run-cache` is not enough for that: it
-sends what each run made, but only the bytes that the workspace or a commit names.
+sends the record of each run, but only those bytes that the workspace or a commit refers to.
 """
 
 import argparse
@@ -49,6 +49,9 @@ def main() -> None:
             except Exception as error:  # the remote's client raises anything: botocore's, asyncssh's, OSError
                 line = f"the DVC remote {remote.name} ({_address(remote)}) failed: {_first_line(error)}".rstrip(".")
                 sys.exit(f"error: {without_credentials(line)}; what has arrived stays, and the same command continues")
+    except KeyboardInterrupt:
+        print("stopped; what has arrived stays, and the same command continues", file=sys.stderr)
+        sys.exit(130)
     except NoRemoteError:
         sys.exit("error: expected a default DVC remote, found none; `dvc remote add --default team URL` adds one")
     except (DvcException, ConfigError, SCMError) as error:
@@ -71,19 +74,16 @@ def push(repo: "Repo", remote: Any, git_remote: str) -> bool:
     refs = [ref for ref, _ in _experiments(repo)]
     if not refs:
         return True
-    complete = _share_experiments(repo, "sent", git_remote, [f"{ref}:{ref}" for ref in refs])
-    if complete:
-        print(f"sent {_count(len(refs), 'experiment')} to {git_remote}")
+    complete, new = _share_experiments(repo, "push", git_remote, [f"{ref}:{ref}" for ref in refs])
+    print(f"sent {_count(new, 'experiment')} to {git_remote}")
     return complete
 
 
 def pull(repo: "Repo", remote: Any, git_remote: str) -> bool:
-    """Get the names first, then the bytes, then check out this commit's; False if some cannot be had."""
+    """Get the names first, then the bytes, then check out this commit's; False if some are unavailable."""
     if remote.fs.protocol == "local" and not remote.fs.exists(remote.path):
         raise OSError("the folder is missing; is it mounted?")
-    before = {*_experiments(repo)}
-    complete = _share_experiments(repo, "got", git_remote, ["refs/exps/*:refs/exps/*"])
-    experiments = {*_experiments(repo)} - before
+    complete, new = _share_experiments(repo, "fetch", git_remote, ["refs/exps/*:refs/exps/*"])
     runs = _copy_runs(remote.legacy_odb, repo.cache.legacy)
     got, absent = 0, set()
     for odb, objects in _objects(repo, push=False).items():
@@ -94,7 +94,7 @@ def pull(repo: "Repo", remote: Any, git_remote: str) -> bool:
             raise OSError(f"{len(done.failed)} of {len(missing)} files did not arrive")
         absent |= {one.value for one in missing if not repo.cache.local.exists(one.value)}
     print(f"got {_count(got, 'file')} and {_count(runs, 'run')} from {remote.name} ({_address(remote)})")
-    print(f"got {_count(len(experiments), 'experiment')} from {git_remote}")
+    print(f"got {_count(new, 'experiment')} from {git_remote}")
     lacking = [out for out in repo.index.outs if out.hash_info and out.hash_info.value in absent]
     for out in lacking:
         print(
@@ -104,7 +104,7 @@ def pull(repo: "Repo", remote: Any, git_remote: str) -> bool:
         )
     if rest := len(absent) - len({out.hash_info.value for out in lacking}):
         print(
-            f"{_count(rest, 'file')} of earlier runs and experiments are in neither; `dvc repro` would run those again"
+            f"{_count(rest, 'file')} of earlier runs and experiments are in neither place; `dvc repro` would rerun them"
         )
     repo.checkout(allow_missing=True)
     return complete and not lacking
@@ -151,24 +151,24 @@ def _experiments(repo: "Repo") -> list[tuple[str, str]]:
     return [(str(ref), repo.scm.get_ref(str(ref))) for ref in exp_refs(repo.scm) if ref.name]
 
 
-def _share_experiments(repo: "Repo", verb: str, git_remote: str, refspecs: Iterable[str]) -> bool:
-    """Push or fetch experiments with git; say which it refused, and return whether it took them all."""
-    command = ["git", "-C", repo.root_dir, "push" if verb == "sent" else "fetch", "--no-tags", git_remote, *refspecs]
+def _share_experiments(repo: "Repo", verb: str, git_remote: str, refspecs: Iterable[str]) -> tuple[bool, int]:
+    """`push` or `fetch` experiments with git, say which it refused; whether it took them all, and how many are new."""
+    command = ["git", "-C", repo.root_dir, verb, "--no-tags", git_remote, *refspecs]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
     except FileNotFoundError:
         sys.exit("error: expected git, found none; install it")
-    refused = re.findall(r"^ ! .* -> refs/exps/\S+/(\S+)", done.stderr, re.MULTILINE)
+    refused = re.findall(r"^ ! \[rejected\] .* -> refs/exps/\S+/(\S+)", done.stderr, re.MULTILINE)
     for name in refused:
         print(
             f"error: {git_remote} has another experiment {name}; rename yours (`dvc exp rename {name} NEW`), then "
-            f"`python -m commands.share {'push' if verb == 'sent' else 'pull'}` again",
+            f"`python -m commands.share {'pull' if verb == 'fetch' else verb}` again",
             file=sys.stderr,
         )
     if done.returncode and not refused:
-        arrived = "sent" if verb == "sent" else "fetched"
-        print(f"error: the experiments were not {arrived}: {_first_line(done.stderr)}", file=sys.stderr)
-    return done.returncode == 0
+        lines = [line for line in done.stderr.splitlines() if re.match(r"fatal|error|remote|ERROR| !", line)]
+        print(f"error: expected git to {verb} experiments, found: {_first_line(chr(10).join(lines))}", file=sys.stderr)
+    return done.returncode == 0, len(re.findall(r"^ \* .* -> refs/exps/", done.stderr, re.MULTILINE))
 
 
 def _address(remote: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-DESCRIPTION = "MLflow as a view of what DVC ran, skipped or restored, in any pipeline."
+DESCRIPTION = "Show in MLflow what DVC ran, skipped or restored, in any pipeline."
 EXAMPLES = {
     "run": """\
 Run a stage's command and record it live.
@@ -78,7 +78,7 @@ def main() -> None:
         for name, text in EXAMPLES.items()
     }
     of["run"].add_argument("words", nargs="+", metavar="COMMAND", help="the command and its arguments")
-    of["sync"].add_argument("--close-stale", type=float, metavar="HOURS", help="close other hosts' runs of this age")
+    of["sync"].add_argument("--close-stale", type=float, metavar="HOURS", help="close other hosts' older runs")
     of["sync"].add_argument("--all", action="store_true", help="record all commits, branches, tags and experiments")
     of["sync"].add_argument("--rev", nargs="+", default=[], metavar="REV", help="record these commits or experiments")
     of["sync"].add_argument(
@@ -94,11 +94,7 @@ def main() -> None:
     if arguments.command == "lineage" and arguments.restore and arguments.restore.exists():
         sys.exit(f"error: expected a new folder for --restore, found {arguments.restore}; name another")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up
-    try:
-        _do(arguments)
-    except KeyboardInterrupt:
-        print("stopped; the next call completes it", file=sys.stderr)
-        sys.exit(130)
+    _do(arguments)
 
 
 def _do(arguments: argparse.Namespace) -> None:

@@ -44,17 +44,25 @@ def configure() -> None:
 
 @contextlib.contextmanager
 def open_project(expected: str = "") -> Iterator["Project"]:
-    """The project of the current folder. An error in the block ends the process in one line, after `expected`."""
-    configure()
-    from dvc_mlflow.project import Project
-    from dvc_mlflow.store import describe
+    """The project of the current folder. An error in the block ends the process in one line, after `expected`.
 
+    What the block prints is written at its end, so that a reader who left, as `| head` does, ends it without a line.
+    """
     try:
+        configure()
+        from dvc_mlflow.project import Project
+
         yield Project(Path.cwd())
-    except BrokenPipeError:  # as of `| head`
+        sys.stdout.flush()
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain at exit, too
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the next call completes it", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:  # from DVC, the store or the user
+        from dvc_mlflow.store import describe
+
         sys.exit(f"error: {expected and f'{expected}: '}{describe(error)}")
 
 

@@ -8,7 +8,7 @@ from dvc.scm import NoSCM
 from dvc_mlflow.execution import Execution, MissingBytes
 from dvc_mlflow.project import Owners, Project, Unprovable
 from dvc_mlflow.store import Store, describe
-from dvc_mlflow.text import one_line
+from dvc_mlflow.text import UserError, one_line
 
 
 def sync(store: Store) -> Iterator[tuple[str, bool]]:
@@ -16,14 +16,18 @@ def sync(store: Store) -> Iterator[tuple[str, bool]]:
     yield from record_all(store, store.project, None, "")
     found = list(experiments(store.project))
     head = store.project.repo.scm.get_rev() if found else ""
+    owners = Owners(store.project, found[0][0], head) if found else None
     for name, rev, baseline in found:
-        if baseline != head:
+        if owners is None or baseline != head:
             continue
-        owners = Owners(store.project, name, baseline)
-        with store.project.repo.switch(rev):
-            there = store.project.at_this_revision()
-            with store.looking_at(there):
-                yield from record_all(store, there, owners, f"{name}: ")
+        owners.experiment = name
+        try:
+            with store.project.repo.switch(rev):
+                there = store.project.at_this_revision()
+                with store.looking_at(there):
+                    yield from record_all(store, there, owners, f"{name}: ")
+        except UserError as error:
+            yield f"{name}: not recorded: {error}", True
 
 
 def close_left(store: Store, close_stale: float | None) -> Iterator[tuple[str, bool]]:

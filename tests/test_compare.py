@@ -158,7 +158,7 @@ def test_code_that_was_committed_but_not_run_is_refused(two_results: Project, tm
         failed = run(project, *arguments, check=False)
         assert (failed.returncode, failed.stdout) == (1, "")
         (line,) = failed.stderr.splitlines()
-        assert "'s own code, params and data, found those of others: stages/lenet.py: dvc.lock (" in line
+        assert "'s own code, params and data, found others: stages/lenet.py: dvc.lock (" in line
         assert line.endswith("; `dvc repro`, then commit dvc.lock")
 
 
@@ -168,12 +168,12 @@ def test_results_of_other_params_or_another_model_are_not_compared(two_results: 
     failed = run(project, "main", "workspace", check=False)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr == (
-        "error: expected results of workspace's own code, params and data, found those of others: "
+        "error: expected results made with workspace's own code, params and data, found others: "
         "train.lr: params.yaml has 0.02, dvc.lock 0.0001; `dvc repro`, then commit dvc.lock\n"
     )
     project.repro("--single-item", "train")
     failed = run(project, "main", "workspace", check=False)
-    assert "found those of others: models/lenet.safetensors: dvc.lock (evaluate) has MD5 " in failed.stderr
+    assert "found others: models/lenet.safetensors: dvc.lock (evaluate) has MD5 " in failed.stderr
 
 
 def test_predictions_that_the_evaluation_did_not_make_are_refused(two_results: Project, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_predictions_that_the_evaluation_did_not_make_are_refused(two_results: P
     assert "dvc.lock, found other bytes" in failed.stderr
 
 
-def test_a_lock_with_conflict_markers_is_said_in_one_line(two_results: Project, tmp_path: Path) -> None:
+def test_a_lock_with_conflict_markers_is_reported_in_one_line(two_results: Project, tmp_path: Path) -> None:
     project = copy(two_results, tmp_path)
     lock = project.folder / "dvc.lock"
     lock.write_text(f"<<<<<<< HEAD\n{lock.read_text()}=======\n>>>>>>> other\n")

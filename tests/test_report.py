@@ -44,7 +44,7 @@ def test_it_says_what_ran_again_and_why_and_what_came_of_it(pull_request: Projec
     assert (ended.returncode, ended.stderr) == (WORSE, "")
     first, *lines = ended.stdout.splitlines()
     assert first.startswith("**HEAD is worse than main, by ")
-    assert "| fetch | as it was |  |" in lines
+    assert "| fetch | unchanged |  |" in lines
     assert "| train | ran again | `train.lr` |" in lines
     assert "| evaluate | ran again | `models/lenet.safetensors` |" in lines
     assert any(line.startswith("| test_accuracy | ") for line in lines)
@@ -87,10 +87,20 @@ def test_a_stale_lock_is_the_first_line_and_its_results_are_left_out(pull_reques
         r"\*\*dvc\.lock of HEAD \(\w{7}\) is stale: stages/lenet.py: dvc\.lock \(train\) has MD5 ", ended.stdout
     )
     assert " is worse than " not in ended.stdout
-    (row,) = [line for line in ended.stdout.splitlines() if line.startswith("| test_accuracy | ")]
+    lines = ended.stdout.splitlines()
+    (row,) = [line for line in lines if line.startswith("| test_accuracy | ")]
     assert row.endswith(" | - | - |")
+    listed = lines[lines.index("") + 1 :]
+    assert re.fullmatch(r"### changed in HEAD \(\w{7}\) since it ran", listed[0])
+    assert [line.split(":")[0] for line in listed[2:4]] == ["- stages/lenet.py"] * 2  # of train and of evaluate
+    assert "unchanged" not in ended.stdout
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: dvc.lock of HEAD (")
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(pull_request: Project) -> None:
+    for command in ("python -m commands.report main", "python -m commands.compare --json main HEAD"):
+        assert pull_request.run("bash", "-c", f"{command} | true").stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -100,7 +110,7 @@ def test_a_stale_lock_is_the_first_line_and_its_results_are_left_out(pull_reques
         ("main~1", "error: expected results in main~1 ("),
     ],
 )
-def test_a_base_that_is_not_there_or_has_no_results_is_said_in_one_line(
+def test_a_missing_base_or_one_without_results_is_reported_in_one_line(
     base: str, expected: str, pull_request: Project
 ) -> None:
     ended = report(pull_request, base)

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from support.commands import environment
 from support.project import Project, copy
-from support.servers import free_port
 from support.store import Store
 
+from benchmarks.servers import free_port
 from commands import export
 from commands.compare import WORSE
 from stages.dataset import read_dataset
@@ -92,7 +92,7 @@ def test_the_version_s_tags_say_who_promoted_it_instead_of_what_and_with_which_v
     assert " is better than " in tags()["promoted.verdict"]
 
 
-def test_an_unknown_run_is_said_in_one_line(promoted_project: Project) -> None:
+def test_an_unknown_run_is_reported_in_one_line(promoted_project: Project) -> None:
     for run_id in ("deadbeef", "0123456789abcdef" * 2):
         failed = promote(promoted_project, run_id, check=False)
         assert failed.returncode == 1
@@ -126,7 +126,7 @@ def test_a_clone_without_the_model_or_with_other_code_promotes_nothing_unasked(
     with (project.folder / "stages/lenet.py").open("a") as file:
         file.write("# changed\n")
     failed = promote(project, "--force", check=False)
-    assert failed.stderr.startswith("error: expected dvc.lock as code, params and data say, found stages/lenet.py: ")
+    assert failed.stderr.startswith("error: expected dvc.lock to match code, params and data, found stages/lenet.py: ")
     assert champion(project) == first.info.run_id
     promote(project, "--force", slow.info.run_id)
     assert champion(project) == slow.info.run_id

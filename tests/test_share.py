@@ -7,10 +7,13 @@ from pathlib import Path
 import mlflow
 import pytest
 from s3fs import S3FileSystem
+from support.commands import environment
 from support.project import STAGES, Project, copy, make_project
-from support.servers import S3, SSH
+from support.servers import SSH
 from support.store import Store
 from support.team import Remote, found_team, join
+
+from benchmarks.servers import S3
 
 
 @pytest.fixture
@@ -57,9 +60,11 @@ def test_nothing_that_another_ran_is_run_again_committed_or_not(
     assert one.repro() == ["evaluate"], "neither committed nor an experiment"
     one.run("git", "checkout", "-q", "params.yaml", "dvc.lock")
     assert one.repro() == []
-    one.command("share", "push")
+    assert "sent 1 experiment to origin" in one.command("share", "push").stdout
+    assert "sent 0 experiments to origin" in one.command("share", "push").stdout
     other = join(tmp_path, "other")
-    other.command("share", "pull")
+    assert "got 1 experiment from origin" in other.command("share", "pull").stdout
+    assert "got 0 experiments from origin" in other.command("share", "pull").stdout
     other.set("evaluate.batch_size", 50)
     assert other.repro() == []
     other.run("git", "checkout", "-q", "params.yaml", "dvc.lock")
@@ -82,7 +87,7 @@ def test_a_remote_that_is_down_or_refuses_or_lacks_a_file_is_named_in_one_line_a
     one, folder = copy(finished_project, tmp_path / "one"), tmp_path / "s3"
     assert refused(one, "push").startswith("error: expected a default DVC remote, found none; ")
     folder.mkdir()
-    server = S3(folder)
+    server = S3(folder, environment())
     try:
         found_team(one, Remote("s3://team/results", {"endpointurl": server.uri}, server.env), tmp_path)
         one.dvc("remote", "add", "closed", "s3://nobody/results")
@@ -129,6 +134,11 @@ def test_an_experiment_whose_name_another_has_is_refused_and_can_be_renamed(
         assert refused(other, what).startswith("error: origin has another experiment small; rename yours (`dvc exp ")
     other.dvc("exp", "rename", "small", "smaller")
     other.command("share", "pull")
+    hook = tmp_path / "origin/hooks/pre-receive"
+    hook.write_text("#!/bin/sh\necho no entry >&2\nexit 1\n")
+    hook.chmod(0o755)
+    assert refused(other, "push").startswith("error: expected git to push experiments, found: remote: no entry")
+    hook.unlink()
     other.command("share", "push")
     assert {*other.dvc("exp", "list", "--name-only").stdout.split()} == {"small", "smaller"}
 

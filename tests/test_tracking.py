@@ -290,7 +290,7 @@ def test_tags_of_the_user_are_on_the_rows_of_what_runs(project: Project) -> None
 
 
 @pytest.mark.parametrize("text", ["team=vision", "[]", '{"stage": "train"}', '{"dvc.execution": "0"}'])
-def test_tags_that_are_none_or_would_hide_what_ran_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tags_that_are_no_object_or_use_reserved_names_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TAGS", text)
     with pytest.raises(UserError, match="MLFLOW_TAGS"):
         own_tags()
