@@ -23,7 +23,7 @@ stress: .venv/installed  ## run the long forms of the reliability tests: kills, 
 		tests/test_fetch.py tests/test_security.py tests/test_places.py tests/test_walk.py tests/test_same_bits.py \
 		tests/test_servers.py tests/test_sweep.py tests/test_cluster.py
 
-bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 20 minutes, with nothing else running
+bench: .venv/installed  ## measure the pipeline against a plain PyTorch program: 25 minutes, with nothing else running
 	@dvc repro fetch
 	@python -m benchmarks.run
 

@@ -165,7 +165,7 @@ class History:
             (
                 f"{_count(commits, 'commit')} and {_count(experiments, 'experiment')}: "
                 f"{_count(self.made, 'execution')} recorded, {len(self._done) - self.made} before"
-                + (f", {missing} cannot be" if missing else "")
+                + (f", {missing} cannot be recorded" if missing else "")
                 + (
                     f"; {_count(sum(map(len, self._unreadable.values())), 'revision')} not read"
                     if self._unreadable

@@ -2,7 +2,7 @@
 
 Only the standard library is imported here: the recorder, a separate process, imports DVC and MLflow while the command
 does its own imports. The launcher forwards its signals to the command, and exits as the command does. If the launcher
-is killed, so is the command, and the recorder closes the run as KILLED.
+is killed, so is the command (on Linux), and the recorder closes the run as KILLED.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Whether dvc.lock is what the code, the params and the data beside it say, in the workspace or in a commit."""
+"""Whether dvc.lock matches the code, the params and the data beside it, in the workspace or in a commit."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ KINDS = ("md5", "md5-dos2unix")  # of hashes that DVC's file system tells
 def changed(project: Project) -> Iterator[str]:
     """Yield where dvc.yaml, the params or the files differ from dvc.lock, as the workspace or commit has them.
 
-    A file that only DVC's cache or remote has is as dvc.lock, or its .dvc file, says. Stages count that DVC would not
-    run, too: a frozen one has results of other code all the same.
+    A file that only DVC's cache or remote has is taken to match dvc.lock, or its .dvc file. Stages that DVC would not
+    run are checked, too: a frozen one may still have results of other code.
     """
     for address in project.stages:
         execution = project.locked_alone(address)
@@ -84,7 +84,7 @@ def digest_of(project: Project, path: str, digest: str) -> str:
 def digest_now(project: Project, path: str, digest: str) -> str:
     """The hash of a file or directory in the workspace or the commit that DVC looks at; "" if it is missing.
 
-    It is computed from its bytes; of what is not there, but in DVC's cache or remote, DVC's files say it.
+    It is computed from the bytes; if only DVC's cache or remote has them, it is the hash in dvc.lock or the .dvc file.
     """
     in_workspace = isinstance(project.repo.fs, LocalFileSystem)
     file = project.folder / path

@@ -897,7 +897,7 @@ def environment_tags() -> dict[str, str]:
 
 
 def own_tags() -> dict[str, str]:
-    """The user's own tags: the JSON object in MLFLOW_TAGS. Raises UserError if it is none, or has tags of ours."""
+    """The user's own tags: the JSON object in MLFLOW_TAGS. Raises UserError if it is not one, or has reserved tags."""
     text = os.environ.get("MLFLOW_TAGS") or "{}"
     try:
         tags = {str(key): str(value) for key, value in json.loads(text).items()}
@@ -947,8 +947,8 @@ def source_of(execution: Execution) -> str:
 
 def note(execution: Execution, changes: list[str]) -> str:
     """The description on the run's page, in Markdown."""
-    params = f"Params: as committed{', but ' + ', '.join(changes) if changes else ''}."
-    lines = [execution.declared.desc or execution.stage, params, "`dvc-mlflow lineage RUN_ID` brings its bytes back."]
+    params = f"Params: as committed{', except ' + ', '.join(changes) if changes else ''}."
+    lines = [execution.declared.desc or execution.stage, params, "`dvc-mlflow lineage RUN_ID` says how to restore it."]
     return "\n\n".join(lines)
 
 
