@@ -77,16 +77,24 @@ def measure(trials: int) -> dict[str, float]:
 
 def make_project(folder: Path, bare: Path, s3: S3) -> None:
     """A project of one stage, that has run, in a git repository with a git remote and a DVC remote."""
-
-    def run(command: str) -> None:
-        subprocess.run(command, shell=True, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-
     for name, text in FILES.items():
         (folder / name).write_text(text)
-    run("git init -q -b main && git config user.name Sweep && git config user.email sweep@example.org && dvc init -q")
-    run(f"dvc remote add -d team s3://team/results && dvc remote modify team endpointurl {s3.uri} && dvc repro -q")
-    run(f"git add -A && git commit -qm Start && git init -q --bare {bare} && git remote add origin {bare}")
-    run("git push -q origin main && dvc push -q")
+    for command in (
+        "git init -q -b main",
+        "git config user.name Sweep",
+        "git config user.email sweep@example.org",
+        "dvc init -q",
+        "dvc remote add -d team s3://team/results",
+        f"dvc remote modify team endpointurl {s3.uri}",
+        "dvc repro -q",
+        "git add -A",
+        "git commit -qm Start",
+        f"git init -q --bare {bare}",
+        f"git remote add origin {bare}",
+        "git push -q origin main",
+        "dvc push -q",
+    ):
+        subprocess.run(command.split(), cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 def sweep(folder: Path, trials: int, address: str, uri: str) -> dict[str, float]:

@@ -127,10 +127,15 @@ def run(baseline: Baseline, trial: Trial, stopped: threading.Event | None = None
                 raise NotRunError("it was stopped")
             if reset:
                 _git(folder, "reset", "--quiet", "--hard", rev)
-            if (_head(folder), _changes(folder)) != (rev, baseline.patch):
+            if (head := _head(folder)) != rev:
                 raise NotRunError(
-                    f"expected the workspace as it was when {trial.name} was planned, at commit {rev[:7]}, found "
-                    "another commit or other changes; `git stash` or `git checkout` them"
+                    f"expected commit {rev[:7]} for {trial.name}, found {head[:7]}; `git checkout` the first"
+                )
+            if _changes(folder) != baseline.patch:
+                files = _git(folder, "diff", "--name-only", "HEAD").decode().split("\n")[:-1]
+                raise NotRunError(
+                    f"expected the tracked files as they were when the first trial began, for {trial.name}, found "
+                    f"others, or fewer changes: {', '.join(files[:3]) or 'none'}; undo what was changed meanwhile"
                 )
             process = subprocess.Popen(
                 [*DVC, "--wait-for-lock", "exp", "run", "--temp", "--name", trial.name, "--message", message, *changes],

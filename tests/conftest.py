@@ -23,7 +23,7 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from filelock import FileLock
 from support.commands import environment
 from support.data import CLASSES, SHAPE, make_tiny_files
-from support.project import ROOT, Project, copy
+from support.project import ROOT, SMALL, Project, copy, make_project
 from support.servers import SSH, Served, serve
 
 from benchmarks.servers import S3, free_port
@@ -162,6 +162,22 @@ def finished_project(fresh_project: Project, once: Once) -> Project:
         project.commit("Run the pipeline")
 
     return once("finished", fresh_project, finish)
+
+
+@pytest.fixture(scope="session")
+def finished_small(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project of one quick stage after `dvc repro`, committed. Copy it before you change it."""
+    project = Project(tmp_path_factory.mktemp("small") / "project")
+    make_project(project.folder, SMALL)
+    project.repro()
+    project.commit("Run it")
+    return project
+
+
+@pytest.fixture
+def small(finished_small: Project, tmp_path: Path) -> Project:
+    """A copy of the project of one quick stage, free to change."""
+    return copy(finished_small, tmp_path / "small")
 
 
 @pytest.fixture(scope="session")

@@ -145,12 +145,25 @@ def test_a_sweep_survives_a_lost_node_and_a_killed_command_and_leaves_everything
             record_property("trials on a cluster that lost a node, by a command that was killed once", trials)
 
 
-def test_ray_on_one_machine_needs_no_remote_and_no_set_up(project: Project) -> None:
-    command = ["-S", "train.epochs=1", "-S", "train.batch_size=16,32", "--sampler", "grid", "--ray", "--name", "near"]
-    result = json.loads(project.command("sweep", *command, "--json").stdout)
-    assert [row["state"] for row in result["trials"]] == ["complete"] * 2
-    assert sorted(refs(project.folder)) == ["near-0", "near-1"]
-    seeds = ["--seeds", "1", "--ray", "-S", "train.epochs=1", "--name", "seeds", "--json"]
+def test_ray_on_one_machine_needs_no_remote_and_no_set_up(small: Project, project: Project) -> None:
+    command = [
+        "--metric",
+        "score.json:accuracy",
+        "-S",
+        "lr=0.1,0.2,0.3",
+        "--sampler",
+        "grid",
+        "--ray",
+        "--name",
+        "near",
+    ]
+    result = json.loads(small.command("sweep", *command, "--json").stdout)
+    assert [row["state"] for row in result["trials"]] == ["complete"] * 3
+    assert sorted(refs(small.folder)) == ["near-0", "near-1", "near-2"]
+    project.set("train.threads", 999)
+    refused = project.command("replicate", "--seeds", "1", "--ray", check=False)
+    assert refused.stderr.startswith("error: expected a node with 999 CPU(s) and 0 GPU(s) for replicate-")
+    seeds = ["--seeds", "1", "--ray", "-S", "train.epochs=1", "-S", "train.threads=1", "--name", "seeds", "--json"]
     assert json.loads(project.command("replicate", *seeds).stdout)["seeds"] == 1
 
 

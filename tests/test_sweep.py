@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from support.store import Store
 from commands.sweep import Sweep, read_space, running, values_of
 from commands.trials import Baseline, reason_of
 
-SPACE = ("-S", "train.lr=tag(log,interval(1e-3,1e-1))", "-S", "train.epochs=1")
-BATCHES = ("-S", "train.batch_size=choice(16,32)", "-S", "train.epochs=1", "--sampler", "grid")
+METRIC = ("--metric", "score.json:accuracy")  # of the small project
+LR = (*METRIC, "-S", "lr=interval(0,1)")
+BATCHES = ("-S", "train.batch_size=choice(16,32)", "-S", "train.epochs=1", "--sampler", "grid")  # of the project
 
 
 def experiments(project: Project) -> list[str]:
@@ -105,26 +107,16 @@ def test_the_best_trial_is_applied_by_the_command_it_prints(swept: Project, tmp_
     assert "agree" in project.command("audit").stdout
 
 
-def test_a_budget_promotes_the_best_third(project: Project) -> None:
-    command = (
-        "-S",
-        "train.lr=0.00001,0.01,0.00002",
-        "--sampler",
-        "grid",
-        "--budget",
-        "1,2",
-        "--name",
-        "half",
-        "--json",
-    )
-    result = json.loads(project.command("sweep", *command).stdout)
-    assert experiments(project) == ["half-0-1", "half-1-1", "half-1-2", "half-2-1"]
+def test_a_budget_promotes_the_best_third(small: Project) -> None:
+    command = (*METRIC, "-S", "lr=0.1,0.9,0.2", "--sampler", "grid", "--budget", "size=1,2", "--name", "half", "--json")
+    result = json.loads(small.command("sweep", *command).stdout)
+    assert experiments(small) == ["half-0-1", "half-1-1", "half-1-2", "half-2-1"]
     assert result["best"] == "half-1-2"
-    assert [run.data.tags["sweep.budget"] for run in Store(project).runs("train") if "sweep" in run.data.tags] == [
-        "train.epochs=2",
-        *["train.epochs=1"] * 3,
+    assert [run.data.tags["sweep.budget"] for run in Store(small).runs("score") if "sweep" in run.data.tags] == [
+        "size=2",
+        *["size=1"] * 3,
     ]
-    assert json.loads(project.command("sweep", *command).stdout) == result
+    assert json.loads(small.command("sweep", *command).stdout) == result
 
 
 def ref(project: Project, name: str) -> str:
@@ -136,45 +128,51 @@ def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "commands.sweep", *arguments],
         cwd=project.folder,
-        env=environment(),
+        env=environment() | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_a_sweep_that_was_stopped_goes_on_and_runs_no_trial_twice(
-    finished_project: Project, tmp_path: Path, stress: bool
-) -> None:
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) if stress else (signal.SIGKILL,):
-        project = copy(finished_project, tmp_path / str(number))
-        command = ("--trials", "2", *SPACE, "--name", "cut")
-        process = start(project, *command)
-        while not (project.folder / ".dvc/tmp/trials/cut-1.lock").exists():  # the second trial begins
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        process.send_signal(number)
-        process.wait()
-        first = ref(project, "cut-0")
-        result = json.loads(project.command("sweep", *command, "--json").stdout)
-        assert experiments(project) == ["cut-0", "cut-1"]
-        assert ref(project, "cut-0") == first
-        assert [row["state"] for row in result["trials"]] == ["complete"] * 2
-        trained = [run for run in Store(project).runs("train") if "sweep" in run.data.tags]
-        assert sorted(run.data.tags["sweep.trial"] for run in trained if run.info.status == "FINISHED") == ["0", "1"]
-        assert "RUNNING" not in {run.info.status for run in trained}
+def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+    while not there():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
 
 
-def test_a_failed_trial_is_listed_with_its_reason_and_the_others_run(project: Project) -> None:
-    sizes = "train.validation_size=-1,0,100"  # no such size; no validation, and so no metric; one that works
-    command = ("-S", sizes, "-S", "train.epochs=1", "--sampler", "grid", "--name", "some", "--json")
-    result = json.loads(project.command("sweep", *command).stdout)
+def trial_runs(project: Project) -> bool:
+    return any((project.folder / ".dvc/tmp/exps/standalone").glob("*/started"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_sweep_that_was_stopped_continues_and_runs_no_trial_twice(number: signal.Signals, small: Project) -> None:
+    command = ("--trials", "2", *LR, "-S", "seconds=2", "--name", "cut")
+    process = start(small, *command)
+    wait_for(process, (small.folder / ".dvc/tmp/trials/cut-1.lock").exists)
+    wait_for(process, lambda: trial_runs(small))
+    process.send_signal(number)
+    process.communicate()
+    first = ref(small, "cut-0")
+    result = json.loads(small.command("sweep", *command, "--json").stdout)
+    assert experiments(small) == ["cut-0", "cut-1"]
+    assert ref(small, "cut-0") == first
+    assert [row["state"] for row in result["trials"]] == ["complete"] * 2
+    runs = [run for run in Store(small).runs("score") if "sweep" in run.data.tags]
+    assert sorted(run.data.tags["sweep.trial"] for run in runs if run.info.status == "FINISHED") == ["0", "1"]
+    assert "RUNNING" not in {run.info.status for run in runs}
+
+
+def test_a_failed_trial_is_listed_with_its_reason_and_the_others_run(small: Project) -> None:
+    sizes = "size=-1,0,1"  # an error; no such metric; one that works
+    command = (*METRIC, "-S", sizes, "--sampler", "grid", "--name", "some", "--json")
+    result = json.loads(small.command("sweep", *command).stdout)
     assert [row["state"] for row in result["trials"]] == ["failed", "failed", "complete"]
-    assert "train.validation_size" in result["trials"][0]["reason"]
-    assert "expected a number validation_accuracy in metrics/train.json" in result["trials"][1]["reason"]
+    assert result["trials"][0]["reason"] == "expected a size of at least 0"
+    assert result["trials"][1]["reason"].startswith("expected a number accuracy in score.json, found loss")
     assert result["best"] == "some-2"
-    assert json.loads(project.command("sweep", *command).stdout) == result
-    assert experiments(project) == ["some-1", "some-2"]
+    assert json.loads(small.command("sweep", *command).stdout) == result
+    assert experiments(small) == ["some-1", "some-2"]
 
 
 def test_a_trial_that_was_killed_says_so() -> None:
@@ -187,38 +185,33 @@ def test_a_trial_that_was_killed_says_so() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_stopped_while_dvc_prepares_a_trial_leaves_the_workspace_as_it_was(
-    number: signal.Signals, project: Project
+    number: signal.Signals, small: Project
 ) -> None:
-    project.set("evaluate.batch_size", 50)
-    before = project.run("git", "diff", "HEAD").stdout
-    process = start(project, "--trials", "1", *SPACE, "--name", "early")
-    head = project.folder / ".git/HEAD"
-    while head.read_text().startswith("ref: "):  # DVC detaches it
-        assert process.poll() is None, process.communicate()
+    small.set("size", 2)
+    before = small.run("git", "diff", "HEAD").stdout
+    process = start(small, "--trials", "1", *LR, "--name", "early")
+    head = small.folder / ".git/HEAD"
+    wait_for(process, lambda: not head.read_text().startswith("ref: "))  # DVC detaches it
     process.send_signal(number)
     process.communicate()
     assert head.read_text() == "ref: refs/heads/main\n"
-    assert project.run("git", "diff", "HEAD").stdout == before
-    assert json.loads(project.command("sweep", "--trials", "1", *SPACE, "--name", "early", "--json").stdout)["best"]
+    assert small.run("git", "diff", "HEAD").stdout == before
+    assert json.loads(small.command("sweep", "--trials", "1", *LR, "--name", "early", "--json").stdout)["best"]
 
 
-def test_a_sweep_waits_for_other_commands_of_dvc_and_refuses_changes_made_meanwhile(project: Project) -> None:
-    command = ("--trials", "2", *SPACE, "--name", "busy")
-    with Repo(str(project.folder)) as repo, lock_repo(repo):
-        process = start(project, *command)
+def test_a_sweep_waits_for_other_commands_of_dvc_and_refuses_changes_made_meanwhile(small: Project) -> None:
+    command = ("--trials", "2", *LR, "-S", "seconds=2", "--name", "busy")
+    with Repo(str(small.folder)) as repo, lock_repo(repo):
+        process = start(small, *command)
         time.sleep(8)  # DVC by itself gives up after 3 s
-    while not any((project.folder / ".dvc/tmp/exps/standalone").glob("*/stages")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    while not (project.folder / ".git/HEAD").read_text().startswith("ref: "):
-        time.sleep(0.02)
-    time.sleep(0.5)
-    project.set("evaluate.batch_size", 50)
+    wait_for(process, lambda: trial_runs(small))
+    small.set("size", 2)
     _, errors = process.communicate()
     assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith("error: expected the workspace as it was when busy-1 was planned, ")
-    project.run("git", "checkout", "-q", "params.yaml")
-    result = json.loads(project.command("sweep", *command, "--json").stdout)
+    assert errors.splitlines()[-1].startswith("error: expected the tracked files as they were when ")
+    assert "params.yaml" in errors
+    small.run("git", "checkout", "-q", "params.yaml")
+    result = json.loads(small.command("sweep", *command, "--json").stdout)
     assert [row["state"] for row in result["trials"]] == ["complete"] * 2
 
 

@@ -19,6 +19,30 @@ from support.commands import environment, execute
 
 ROOT = Path(__file__).parent.parent.parent
 
+SMALL = {  # a project of one stage, which is quick unless `seconds` says otherwise
+    "params.yaml": "lr: 0.5\nsize: 1\nseconds: 0\n",
+    "dvc.yaml": """\
+stages:
+  score:
+    cmd: dvc-mlflow run python score.py ${lr} ${size} ${seconds}
+    deps: [score.py]
+    params: [lr, size, seconds]
+    metrics: [score.json]
+""",
+    "score.py": """\
+import json, pathlib, sys, time
+
+lr, size, seconds = map(float, sys.argv[1:])
+if size < 0:
+    sys.exit("error: expected a size of at least 0")
+pathlib.Path("started").touch()
+time.sleep(seconds)
+pathlib.Path("score.json").write_text(json.dumps({"accuracy": lr} if size else {"loss": lr}))
+""",
+    "pyproject.toml": '[tool.dvc-mlflow]\nexperiment = "fashion-mnist-lenet"\n',
+    ".gitignore": "mlflow.db*\nmlartifacts\nstarted\n",
+}
+
 
 def make_project(folder: Path, files: Mapping[str, str], git: bool = True) -> None:
     """Make a DVC project of these files in a new folder, in a git repository by default; commit nothing."""
