@@ -1,9 +1,10 @@
-"""Measure what a trial of a sweep on a cluster costs each part: python -m benchmarks.sweep 10 100.
+"""Measure what a trial of a sweep costs each part: python -m benchmarks.sweep 10 100; or --here 10 100 1000.
 
 Prints a table with a column for each number of trials. Everything is real, on this machine: two Ray nodes with one CPU
-each, which clone a bare git repository; SeaweedFS as S3 remote; MLflow's server on PostgreSQL (Debian: apt-get install
-postgresql). The pipeline's one stage does nothing, so that what remains is the sweep's own cost. Counts do not depend
-on the machine; CPU seconds do, and those of everything are right only if nothing else runs. 100 trials take some 6 minutes on two cores.
+each, which clone a bare git repository, or with --here two jobs at a time; SeaweedFS as S3 remote; MLflow's server on
+PostgreSQL (Debian: apt-get install postgresql). The pipeline's one stage does nothing, so that what remains is the
+sweep's own cost. Counts do not depend on the machine; seconds do, and are right only if nothing else runs. On two
+cores, a trial on the nodes takes some 2 to 4 s, one here some 1 to 2 s.
 """
 
 import argparse
@@ -42,16 +43,17 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trials", type=int, nargs="+", metavar="N", help="numbers of trials, a sweep each")
+    parser.add_argument("--here", action="store_true", help="run trials in the project itself, without nodes")
     args = parser.parse_args()
-    columns = [measure(trials) for trials in args.trials]
+    columns = [measure(trials, args.here) for trials in args.trials]
     print(f"| a trial costs | {' | '.join(f'at {trials:,}' for trials in args.trials)} |")
     print("|---" * (len(columns) + 1) + "|")
     for what in columns[0]:
         print(f"| {what} | {' | '.join(f'{column[what]:,.4g}' for column in columns)} |")
 
 
-def measure(trials: int) -> dict[str, float]:
-    """Run a sweep in a cluster of its own. Return what one trial took, by what it is."""
+def measure(trials: int, here: bool) -> dict[str, float]:
+    """Run a sweep with servers of its own. Return what one trial took, by what it is."""
     with contextlib.ExitStack() as ends:
         create = ends.enter_context(postgres("shared_preload_libraries=pg_stat_statements"))
         # Ray's processes may still write when the folder is removed.
@@ -62,14 +64,14 @@ def measure(trials: int) -> dict[str, float]:
         s3 = S3(folder / "s3", os.environ)
         ends.callback(s3.stop)
         os.environ.update(s3.env)
-        cluster = ends.enter_context(ray_cluster(2))
+        place = ["--jobs", "2"] if here else ["--ray", ends.enter_context(ray_cluster(2)).address]
         database = create("mlflow")
         query(database, "CREATE EXTENSION pg_stat_statements")
         server = MLflow(folder / "mlflow", database, os.environ)
         ends.callback(server.stop)
         make_project(folder / "project", folder / "bare.git", s3)
         before = gauge(folder, s3, server, database)
-        took = sweep(folder, trials, cluster.address, server.uri)
+        took = sweep(folder / "project", trials, place, server.uri)
         after = gauge(folder, s3, server, database)
     return {what: (after[what] - before[what]) / trials for what in after} | took
 
@@ -96,23 +98,22 @@ def make_project(folder: Path, bare: Path, s3: S3) -> None:
         subprocess.run(command.split(), cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
-def sweep(folder: Path, trials: int, address: str, uri: str) -> dict[str, float]:
+def sweep(project: Path, trials: int, place: list[str], uri: str) -> dict[str, float]:
     """Run the sweep; return what of it a trial took."""
-    project, bare = folder / "project", folder / "bare.git"
-    command = [sys.executable, "-m", "commands.sweep", "--trials", str(trials), "--ray", address, "--json"]
+    command = [sys.executable, "-m", "commands.sweep", "--trials", str(trials), *place, "--json"]
     command += ["-S", "x=interval(0,1)", "--metric", "metrics.json:score", "--maximize"]
     env = os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(ROOT)}
     began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with (
-        (folder / "result.json").open("w") as file,
+        (project.parent / "result.json").open("w") as file,
         subprocess.Popen(command, cwd=project, env=env, stdout=file) as driver,
         tqdm(total=trials, desc=f"{trials:,} trials", disable=None) as bar,
     ):
         while driver.poll() is None:
-            bar.update(len(refs(bare)) - bar.n)
+            bar.update(len(refs(project)) - bar.n)
             time.sleep(1)
     seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((project.parent / "result.json").read_text())
     if driver.returncode or [row["state"] for row in result["trials"]] != ["complete"] * trials:
         sys.exit(f"error: expected {trials:,} complete trials, found others; exit code {driver.returncode}")
     began = time.perf_counter()
@@ -127,7 +128,7 @@ def sweep(folder: Path, trials: int, address: str, uri: str) -> dict[str, float]
 
 def gauge(folder: Path, s3: S3, server: MLflow, database: str) -> dict[str, float]:
     """What has been counted so far."""
-    found: dict[str, float] = {"git: experiments in the remote": len(refs(folder / "bare.git"))}
+    found: dict[str, float] = {"git: experiments": len(refs(folder / "project"))}
     files = S3FileSystem(key=s3.env["AWS_ACCESS_KEY_ID"], secret=s3.env["AWS_SECRET_ACCESS_KEY"], endpoint_url=s3.uri)
     objects = files.find("team/results", detail=True).values()
     found |= {"S3: objects": len(objects), "S3: bytes": sum(one["size"] for one in objects)}
