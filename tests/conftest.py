@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[MIRROR] = config.workerinput["mirror"]
         return
     folder = tempfile.TemporaryDirectory()
-    for key, entry in load_yaml(ROOT / "params.yaml")["fetch"]["files"].items():
+    for key, entry in load_yaml(ROOT / "params.yaml")["fetch"].get("files", {}).items():
         (Path(folder.name) / entry["name"]).write_bytes(gzip.compress(make_tiny_files()[key], mtime=0))
 
     class Handler(http.server.SimpleHTTPRequestHandler):

@@ -529,7 +529,8 @@ def test_pictures(try_all: TryAll, tmp_path: Path) -> None:
 SETS = {size: make_images(np.arange(size, dtype=np.uint8) % 10, np.random.default_rng(0)) for size in (1, 2, 41)}
 SETS[3] = np.full((3, 28, 28), 255, np.uint8)
 extreme_params = st.fixed_dictionaries(
-    {
+    {key: st.just(value) for key, value in VALUES["train"].items()}
+    | {
         "seed": st.sampled_from([0, 2**32 - 1]) | st.integers(0, 2**32 - 1),
         "validation_size": st.sampled_from([0, 0, 0, 1, 2, 40, 1_000_000]),
         "lr": st.sampled_from([5e-324, 1e-38, 1, 100]) | st.floats(0, 100, exclude_min=True),

@@ -158,10 +158,11 @@ Plain = LeNet
 class LeNet(Plain):
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.input_norm, self.dropout = nn.BatchNorm2d(1), nn.Dropout(0.2)
+        self.input_norm, self.dropout = nn.BatchNorm1d(1), nn.Dropout(0.2)
 
     def forward(self, images):
-        return super().forward(self.dropout(self.input_norm(images.unsqueeze(1).float()).squeeze(1)))
+        pixels = images.flatten(1).unsqueeze(1).float()  # of images in grey or in colour
+        return super().forward(self.dropout(self.input_norm(pixels)).view(images.shape))
 """
 
 

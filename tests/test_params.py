@@ -71,7 +71,7 @@ def test_the_project_s_own_params_are_valid() -> None:
             "classes: [Shirt, label]",
             ["fetch.classes: expected names that differ from each other and from class, index, label"],
         ),
-        ("seed: .*", f"seed: {'9' * 5000}", ["has a value that cannot be read (ValueError: Exceeds the limit"]),
+        ("  seed: .*", f"  seed: {'9' * 5000}", ["has a value that cannot be read (ValueError: Exceeds the limit"]),
         (
             "seed: .*",
             f"seed: 0x{'f' * 5000}",

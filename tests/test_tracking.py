@@ -164,10 +164,10 @@ def test_a_stage_that_is_ended_by_a_signal_has_a_killed_run(number: signal.Signa
 
 
 def test_a_stage_that_fails_has_a_failed_run(project: Project) -> None:
-    project.set("train.batch_size", 501)
+    project.set("train.batch_size", 1_000_000)
     result = project.dvc("repro", check=False)
     assert result.returncode != 0
-    assert "error: train.batch_size: expected at most 500 images, found 501" in result.stderr
+    assert "error: train.batch_size: expected at most " in result.stderr
     assert "Traceback" not in result.stderr
     assert [run.info.status for run in Store(project).runs("train")] == ["FAILED", "FINISHED"]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.training import CLASSES, Listener, bits, fit, make_dataset, make_params
+from support.training import Listener, bits, fit, make_dataset, make_params
 
 from stages.device import set_up_device
-from stages.lenet import LeNet, predict, read_model, write_model
+from stages.lenet import predict, read_model, write_model
 from stages.stage import StageError
 from stages.training import lr_at, mean_and_std
 
@@ -106,21 +106,6 @@ def test_mean_and_std_are_those_of_the_chosen_pixels() -> None:
     assert mean == pytest.approx(pixels.mean().item(), rel=1e-12)
     assert std == pytest.approx(pixels.std(correction=0).item(), rel=1e-9)
     assert mean_and_std(torch.full((2, 28, 28), 7, dtype=torch.uint8), torch.arange(2)) == (7.0, 255.0)
-
-
-def test_lenet_has_its_parameters_and_standardises_its_input() -> None:
-    model = LeNet("sigmoid", CLASSES, (28, 28), mean=10.0, std=2.0)
-    assert sum(parameter.numel() for parameter in model.parameters()) == 44_426
-    images = torch.from_numpy(make_dataset(4).images)
-    plain = LeNet("sigmoid", CLASSES, (28, 28), mean=0.0, std=1.0)
-    plain.load_state_dict(model.state_dict() | {"mean": plain.mean, "std": plain.std})
-    shifted = ((images.float() - 10.0) / 2.0).unsqueeze(1)
-    reference = torch.nn.functional.conv2d(shifted, model.conv1.weight, model.conv1.bias)
-    reference = torch.nn.functional.max_pool2d(torch.sigmoid(reference), 2)  # sigmoid before pooling, as LeNet is drawn
-    reference = torch.nn.functional.max_pool2d(torch.sigmoid(model.conv2(reference)), 2).flatten(1)
-    reference = model.fc3(torch.sigmoid(model.fc2(torch.sigmoid(model.fc1(reference)))))
-    assert torch.allclose(model(images), reference, atol=1e-6)
-    assert not torch.allclose(plain(images), reference)
 
 
 @pytest.mark.parametrize(

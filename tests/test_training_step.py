@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.device import set_up_device
-from stages.lenet import LeNet, convolve_patches
+from stages.lenet import LeNet
 from stages.training_step import WARM_UP_STEPS, Step
 
 BATCH_SIZE = 8
@@ -70,21 +70,6 @@ def test_the_steps_before_a_capture_are_undone_and_each_batch_is_replayed(
     assert_same_bits(learn(torch.device("cpu"), graph=True), plain)
     assert len(replays) == 3, "all but the last, which is shorter"
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(("channels", "kernel_size"), [(1, 5), (6, 5), (3, (3, 2))])
-def test_the_product_of_patches_is_the_convolution_and_has_its_gradients(
-    channels: int, kernel_size: int | tuple[int, int]
-) -> None:
-    torch.manual_seed(0)
-    layer = nn.Conv2d(channels, 4, kernel_size).double()
-    x = torch.rand(2, channels, 12, 9, dtype=torch.float64, requires_grad=True)
-    results = []
-    for output in (layer(x), convolve_patches(layer, x)):
-        gradients = torch.autograd.grad((output**2).sum(), [x, *layer.parameters()])
-        results.append([output, *gradients])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.gpu

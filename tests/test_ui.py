@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
-from support.project import Project, copy
+from support.project import PIPELINE, Project, copy
 from support.servers import Served, serve
 from support.store import Store
 
@@ -62,7 +62,7 @@ def test_the_experiment_page_shows_named_runs_and_what_they_are_for(
     assert names == ["train slow lr=0.0001", first.info.run_name, fetch.info.run_name], "evaluations are folded"
     assert page.get_by_text("What DVC ran: each execution of a stage is a run.").is_visible()
     page.get_by_role("link", name="train slow lr=0.0001").click()
-    page.get_by_text("Train LeNet.").wait_for()
+    page.get_by_text(PIPELINE.stages["train"]["desc"]).wait_for()
     assert page.get_by_text("Params: as committed, except lr=0.0001.").is_visible()
     page.screenshot(path=tmp_path / "run.png")
     assert slow.info.run_id in page.url

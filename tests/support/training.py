@@ -38,6 +38,7 @@ def make_params(**changes: Any) -> Train:
     return defaults.model_copy(
         update={
             "validation_size": 100,
+            "lr": 0.01,
             "batch_size": 16,
             "epochs": 3,
             "checkpoint_epochs": 0,
