@@ -240,9 +240,9 @@ def measure_throughput(bench: Bench, plain_wall: Sequence[float]) -> list[Row]:
     in_turn = [
         bench.time(["dvc", "exp", "run", "--temp", "-S", f"train.seed={s}"], folder) for s in range(1, SEEDS + 1)
     ]
-    replicate = ["replicate", "--seeds", str(SEEDS), "--jobs", str(len(cores())), "-S", "train.threads=1"]
-    at_once = bench.time([sys.executable, "-m", f"commands.{replicate[0]}", *replicate[1:]], folder)
-    name = f"{SEEDS} seeds by `{' '.join(replicate)}`, against"
+    command = f"python -m commands.replicate --seeds {SEEDS} --jobs {len(cores())} -S train.threads=1"
+    at_once = bench.time(command.split(), folder)
+    name = f"{SEEDS} seeds by `{command}`, against"
     plain = [SEEDS * statistics.median(plain_wall)]
     return [
         Row(f"{name} {SEEDS} in turn with the default threads", "≤ 1.0", at_once / sum(in_turn), [at_once],

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
-STORE: dict[str, Any] = {"object_store_memory": 80 << 20}  # of each Ray node, in bytes
+STORE_BYTES = 80 << 20  # of each Ray node
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}  # the environment for Ray
 
 
 def free_port() -> int:
@@ -166,10 +167,11 @@ def ray_cluster(nodes: int) -> Iterator[Any]:
     """
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE})
+    store: Any = {"object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **store})
     try:
         for _ in range(nodes):
-            cluster.add_node(num_cpus=1, **STORE)
+            cluster.add_node(num_cpus=1, **store)
         yield cluster
     finally:
         cluster.shutdown()

@@ -24,7 +24,7 @@ import sqlalchemy
 from s3fs import S3FileSystem
 from tqdm import tqdm
 
-from benchmarks.servers import S3, MLflow, postgres, ray_cluster
+from benchmarks.servers import QUIET, S3, MLflow, postgres, ray_cluster
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -37,7 +37,6 @@ stages:
     metrics: [metrics.json]
 """,
 }
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def measure(trials: int, here: bool) -> dict[str, float]:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="sweep-", ignore_cleanup_errors=True)))
         for part in ("project", "s3", "mlflow", "ray"):
             (folder / part).mkdir()
-        os.environ.update(QUIET | {"TMPDIR": str(folder / "ray")})
+        os.environ.update(QUIET | {"MLFLOW_DISABLE_TELEMETRY": "true", "TMPDIR": str(folder / "ray")})
         s3 = S3(folder / "s3", os.environ)
         ends.callback(s3.stop)
         os.environ.update(s3.env)

@@ -174,11 +174,11 @@ def read_budget(text: str | None, set_param: list[str]) -> list[str]:
         return []
     key, _, values = text.rpartition("=")
     key = key or "train.epochs"
+    rungs = [value.strip() for value in values.split(",")]
     try:
-        numbers = [float(value) for value in values.split(",")]
+        numbers = [float(value) for value in rungs]
     except ValueError:
         numbers = []
-    rungs = [value.strip() for value in values.split(",")]
     if len(numbers) < 2 or numbers != sorted(set(numbers)):
         sys.exit(f"error: expected --budget of at least two rising numbers, such as 1,5, found {text}")
     if key in {argument.partition("=")[0] for argument in set_param}:

@@ -211,10 +211,10 @@ def check_name(name: str) -> None:
 
 def read(path: str, trial: str, rev: str) -> str:
     """A file of a trial's experiment, from git, DVC's cache or the remote. Exits if it is in none of them."""
-    import dvc.api
+    from commands.compare import read_file  # here, since nodes have only this module
 
     try:
-        return dvc.api.read(path, rev=rev)
+        return read_file(path, rev).decode()
     except Exception as error:  # of a remote, of any kind
         reason = _last(str(error))
         sys.exit(f"error: expected {path} of {trial}, found none: {reason}; the same command continues")
@@ -231,12 +231,8 @@ class Here:
     """Runs trials on this machine, at most `jobs` at a time."""
 
     def __init__(self, baseline: Baseline, jobs: int) -> None:
-        self.slots, self._baseline, self._pool, self._stopped = (
-            jobs,
-            baseline,
-            ThreadPoolExecutor(jobs),
-            threading.Event(),
-        )
+        self.slots, self._baseline = jobs, baseline
+        self._pool, self._stopped = ThreadPoolExecutor(jobs), threading.Event()
 
     def __enter__(self) -> Self:
         _exit_on_signals()
@@ -456,9 +452,8 @@ def clone(source: Source) -> Path:
             _git(folder, "checkout", "--quiet", "--detach", source.baseline.rev)
             for name, value in source.identity.items():
                 _git(folder, "config", name, value)
-            _checked(
-                folder / source.prefix, [*DVC, "pull", "--allow-missing"]
-            )  # what the remote lacks, the stages make
+            # What the remote lacks, the stages make.
+            _checked(folder / source.prefix, [*DVC, "pull", "--allow-missing"])
             (folder / ".git" / "complete").touch()
     return folder / source.prefix
 

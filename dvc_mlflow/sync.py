@@ -16,10 +16,11 @@ def sync(store: Store) -> Iterator[tuple[str, bool]]:
     yield from record_all(store, store.project, None, "")
     found = list(experiments(store.project))
     head = store.project.repo.scm.get_rev() if found else ""
-    owners = Owners(store.project, found[0][0], head) if found else None
-    for name, rev, baseline in found:
-        if owners is None or baseline != head:
-            continue
+    own = [(name, rev) for name, rev, baseline in found if baseline == head]
+    if not own:
+        return
+    owners = Owners(store.project, own[0][0], head)
+    for name, rev in own:
         owners.experiment = name
         try:
             with store.project.repo.switch(rev):

@@ -13,11 +13,12 @@ from typing import Any
 
 import mlflow
 import pytest
-from support.cluster import QUIET, Site, site_here, site_in_namespaces
+from support.cluster import Site, site_here, site_in_namespaces
 from support.commands import environment
 from support.project import Project, copy
+from support.team import Remote, found_team
 
-from benchmarks.servers import LOOPBACK, S3, MLflow, free_port, postgres
+from benchmarks.servers import LOOPBACK, QUIET, S3, MLflow, free_port, postgres
 from commands.trials import Baseline, Source, Trial, push
 
 
@@ -37,15 +38,11 @@ def site(
     shutil.rmtree(folder, ignore_errors=True)  # processes of the lost node may still write
 
 
-def found_team(project: Project, site: Site, parent: Path) -> None:
-    """Commit the project, and push it to a bare git repository and to a DVC remote in S3."""
-    project.dvc("remote", "add", "--default", "team", f"s3://team/{parent.parent.name}-{parent.name}")
-    project.dvc("remote", "modify", "team", "endpointurl", site.s3.uri)
-    project.commit("Add a remote")
-    project.run("git", "init", "-q", "--bare", "-b", "main", str(parent / "bare.git"))
-    project.run("git", "remote", "add", "origin", f"{site.git}/bare.git")
-    project.run("git", "push", "-q", "origin", "main")
-    credentials: dict[str, Any] = site.s3.env
+def found(project: Project, site: Site, parent: Path) -> None:
+    """Push the project to a bare git repository, parent/origin, and to a DVC remote in S3."""
+    name, credentials = f"{parent.parent.name}-{parent.name}", dict[str, Any](site.s3.env)
+    found_team(project, Remote(f"s3://team/{name}", {"endpointurl": site.s3.uri}, site.s3.env), parent)
+    project.run("git", "remote", "set-url", "origin", f"{site.git}/origin")
     project.dvc("push", **credentials)
 
 
@@ -71,7 +68,7 @@ def test_a_sweep_survives_a_lost_node_and_a_killed_command_and_leaves_everything
 ) -> None:
     """The short form has two trials, and loses nothing."""
     team, trials = copy(finished_project, tmp_path), 6 if stress else 2
-    found_team(team, site, tmp_path)
+    found(team, site, tmp_path)
     with contextlib.ExitStack() as ends:
         database = ends.enter_context(postgres())("sweep") if stress else f"sqlite:///{tmp_path / 'team.db'}"
         server = MLflow(tmp_path, database, environment(), site.host)
@@ -91,7 +88,7 @@ def test_a_sweep_survives_a_lost_node_and_a_killed_command_and_leaves_everything
             )
 
         def wait_for(number: int) -> None:
-            while len(refs(tmp_path / "bare.git")) < number:
+            while len(refs(tmp_path / "origin")) < number:
                 assert sweep.poll() is None, sweep.communicate()
                 time.sleep(0.1)
 
@@ -109,7 +106,7 @@ def test_a_sweep_survives_a_lost_node_and_a_killed_command_and_leaves_everything
         result = json.loads(output)
         names = [f"far-{number}" for number in range(trials)]
         assert [(row["experiment"], row["state"]) for row in result["trials"]] == [(name, "complete") for name in names]
-        assert sorted(refs(tmp_path / "bare.git")) == names
+        assert sorted(refs(tmp_path / "origin")) == names
 
         client = mlflow.MlflowClient(server.uri)
         experiment = client.get_experiment_by_name("fashion-mnist-lenet")
@@ -127,7 +124,7 @@ def test_a_sweep_survives_a_lost_node_and_a_killed_command_and_leaves_everything
                 assert row.data.tags["dvc.exp_name"] == f"far-{number}"
 
         elsewhere = Project(tmp_path / "elsewhere")
-        team.run("git", "clone", "-q", str(tmp_path / "bare.git"), str(elsewhere.folder))
+        team.run("git", "clone", "-q", str(tmp_path / "origin"), str(elsewhere.folder))
         elsewhere.dvc("exp", "pull", "origin", *names, **env)
         elsewhere.dvc("pull", **env)
         elsewhere.dvc("exp", "apply", names[-1], **env)
@@ -146,18 +143,8 @@ def test_a_sweep_survives_a_lost_node_and_a_killed_command_and_leaves_everything
 
 
 def test_ray_on_one_machine_needs_no_remote_and_no_set_up(small: Project, project: Project) -> None:
-    command = [
-        "--metric",
-        "score.json:accuracy",
-        "-S",
-        "lr=0.1,0.2,0.3",
-        "--sampler",
-        "grid",
-        "--ray",
-        "--name",
-        "near",
-    ]
-    result = json.loads(small.command("sweep", *command, "--json").stdout)
+    space = ["-S", "lr=0.1,0.2,0.3", "--sampler", "grid", "--metric", "score.json:accuracy"]
+    result = json.loads(small.command("sweep", *space, "--ray", "--name", "near", "--json").stdout)
     assert [row["state"] for row in result["trials"]] == ["complete"] * 3
     assert sorted(refs(small.folder)) == ["near-0", "near-1", "near-2"]
     project.set("train.threads", 999)
@@ -174,10 +161,8 @@ def test_a_remote_that_refuses_or_has_another_experiment_is_not_overwritten(proj
     project.run("git", "init", "-q", "--bare", "-b", "main", str(bare))
     project.run("git", "remote", "add", "origin", str(bare))
     rev = project.run("git", "rev-parse", "HEAD").stdout.strip()
-    ref, source = (
-        f"refs/exps/{rev[:2]}/{rev[2:]}/far-0",
-        Source(Baseline(project.folder, rev, b""), str(bare), "", {}, {}),
-    )
+    source = Source(Baseline(project.folder, rev, b""), str(bare), "", {}, {})
+    ref = f"refs/exps/{rev[:2]}/{rev[2:]}/far-0"
 
     def push_one(message: str, tree: str = "HEAD") -> str:
         commit = project.run("git", "commit-tree", f"{tree}^{{tree}}", "-p", "HEAD", "-m", message).stdout.strip()
@@ -201,7 +186,7 @@ def test_a_remote_that_refuses_or_has_another_experiment_is_not_overwritten(proj
 
 
 def test_a_cluster_that_cannot_be_used_is_reported_in_one_line(project: Project, tmp_path: Path, s3: S3) -> None:
-    found_team(project, Site("", LOOPBACK, str(tmp_path), s3, lambda: None), tmp_path)
+    found(project, Site("", LOOPBACK, str(tmp_path), s3, lambda: None), tmp_path)
     nowhere = f"127.0.0.1:{free_port()}"
     line = f"sweep --trials 2 -S train.lr=interval(0,1) --name x --ray {nowhere}"
 

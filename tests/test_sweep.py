@@ -145,7 +145,7 @@ def trial_runs(project: Project) -> bool:
     return any((project.folder / ".dvc/tmp/exps/standalone").glob("*/started"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_was_stopped_continues_and_runs_no_trial_twice(number: signal.Signals, small: Project) -> None:
     command = ("--trials", "2", *LR, "-S", "seconds=2", "--name", "cut")
     process = start(small, *command)
@@ -167,7 +167,11 @@ def test_a_failed_trial_is_listed_with_its_reason_and_the_others_run(small: Proj
     sizes = "size=-1,0,1"  # an error; no such metric; one that works
     command = (*METRIC, "-S", sizes, "--sampler", "grid", "--name", "some", "--json")
     result = json.loads(small.command("sweep", *command).stdout)
-    assert [row["state"] for row in result["trials"]] == ["failed", "failed", "complete"]
+    assert [(row["experiment"], row["state"]) for row in result["trials"]] == [
+        ("some-0", "failed"),
+        ("some-1", "failed"),
+        ("some-2", "complete"),
+    ]
     assert result["trials"][0]["reason"] == "expected a size of at least 0"
     assert result["trials"][1]["reason"].startswith("expected a number accuracy in score.json, found loss")
     assert result["best"] == "some-2"

@@ -164,10 +164,12 @@ def test_a_stage_that_is_ended_by_a_signal_has_a_killed_run(number: signal.Signa
 
 
 def test_a_stage_that_fails_has_a_failed_run(project: Project) -> None:
-    project.set("train.batch_size", 1_000_000)
+    data = read_dataset(project.folder / PIPELINE.command("train")[3])
+    most = len(data.images) - 100  # those of the validation split
+    project.set("train.batch_size", most + 1)
     result = project.dvc("repro", check=False)
     assert result.returncode != 0
-    assert "error: train.batch_size: expected at most " in result.stderr
+    assert f"error: train.batch_size: expected at most {most:,} images, found {most + 1:,}" in result.stderr
     assert "Traceback" not in result.stderr
     assert [run.info.status for run in Store(project).runs("train")] == ["FAILED", "FINISHED"]
 

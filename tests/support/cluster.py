@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.servers import LOOPBACK, S3, free_port, ray_cluster
+from benchmarks.servers import LOOPBACK, S3, STORE_BYTES, free_port, ray_cluster
 from support.commands import environment
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 BRIDGE, NETWORK = "sweeps", "10.231.77"  # of the namespaces; this machine is .1
 RAY = Path(sys.executable).with_name("ray")
 
@@ -74,7 +73,7 @@ def site_in_namespaces(folder: Path) -> Iterator[Site]:
         env = dict(os.environ)
         daemon = ("git", "daemon", f"--listen={host}", f"--port={git_port}", f"--base-path={folder}")
         start(*daemon, "--export-all", "--enable=receive-pack", "--reuseaddr")
-        ray = (RAY, "start", "--block", f"--object-store-memory={80 << 20}")
+        ray = (RAY, "start", "--block", f"--object-store-memory={STORE_BYTES}")
         start(
             *ray, "--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"
         )
