@@ -63,11 +63,15 @@ class Project:
             raise UserError(f"expected a DVC project in {folder}, found none: {one_line(error)}") from None
         self.folder = Path(self.repo.root_dir)
         self.root = Path(os.environ.get("DVC_ROOT", self.folder)).resolve()
-        self._scratch = tempfile.TemporaryDirectory(prefix="dvc-mlflow-")
         self._locks: dict[str, dict[str, Any]] = {}
         self._executions: dict[str, Execution | None] = {}
         self._opened = time.time() - 1  # seconds since 1970; some file systems keep whole seconds
         self._entries: dict[str, Mapping[str, str] | None] = {}
+
+    @cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """A folder for copies of a commit's files, made when needed: a recorder, which ends at once, needs none."""
+        return tempfile.TemporaryDirectory(prefix="dvc-mlflow-")
 
     def at_this_revision(self) -> "Project":
         """The project in the commit that DVC is switched to (`repo.switch`)."""
@@ -479,7 +483,8 @@ class Project:
         diff = ("diff", "--binary", "--relative", *plain)
         try:
             commit = self.ask_git("rev-parse", "HEAD").decode().strip()
-            patch = self.ask_git(*diff, "HEAD", "--", ".", *exclude, GIT_INDEX_FILE=self._old_index())
+            with self._old_index() as index:
+                patch = self.ask_git(*diff, "HEAD", "--", ".", *exclude, GIT_INDEX_FILE=index)
             existing = [path for path in sorted(read - {*written}) if (self.folder / path).exists()]
             listed = (
                 self.ask_git("ls-files", "--others", "--exclude-standard", "-z", "--", *existing) if existing else b""
@@ -492,17 +497,19 @@ class Project:
             return Git(author=self.author())
         return Git(commit, patch, self.author())
 
-    def _old_index(self) -> str:
+    @contextlib.contextmanager
+    def _old_index(self) -> Iterator[str]:
         """A copy of git's index, dated before all files, so that git reads each of them.
 
         Otherwise it misses a same-size change within the second of the checkout, as DVC makes for an experiment.
         """
         index = self.folder / os.fsdecode(self.ask_git("rev-parse", "--git-path", "index")).rstrip("\n")
-        copy = Path(self._scratch.name) / "index"
-        if index.exists():
-            shutil.copyfile(index, copy)
-            os.utime(copy, (1, 1))
-        return str(copy)
+        with tempfile.TemporaryDirectory(prefix="dvc-mlflow-") as folder:
+            copy = Path(folder) / "index"
+            if index.exists():
+                shutil.copyfile(index, copy)
+                os.utime(copy, (1, 1))
+            yield str(copy)
 
     def author(self) -> str:
         """Git's author here, as `Name <address>`; "" if git knows none."""

@@ -78,6 +78,17 @@ def test_the_pipeline_runs_anywhere_and_survives_a_move_and_a_copy(new_project: 
     assert places(moved) == {(moved.folder / "mlartifacts").as_uri()}, "the original keeps its own"
 
 
+def test_nothing_stays_in_the_folder_for_temporary_files(small: Project, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    place = str(tmp_path / "temporary")
+    small.dvc("repro", "--force", TMPDIR=place)
+    small.dvc("repro", "--force", warns=True, MLFLOW_TRACKING_URI="http://127.0.0.1:9", TMPDIR=place)
+    small.dvc("exp", "run", "--name", "high", "--set-param", "lr=0.9", TMPDIR=place)
+    for command in ("sync", "audit", "lineage score.json", "sync --all"):
+        small.command(*command.split(), TMPDIR=place)
+    assert [*(tmp_path / "temporary").iterdir()] == []
+
+
 def test_artifacts_elsewhere_stay_there_if_the_project_moves(project: Project, tmp_path: Path) -> None:
     elsewhere = (tmp_path / "project/mlartifacts-of-mine").as_uri()
     experiment_id = Store(project).client.create_experiment("mine", artifact_location=elsewhere)

@@ -14,9 +14,10 @@ from support import forked
 
 @functools.cache
 def home() -> tempfile.TemporaryDirectory[str]:
-    """A home folder with an identity for git, and nothing else."""
+    """A home folder with an identity for git, and a DVC that reports nothing to its makers, and nothing else."""
     folder = tempfile.TemporaryDirectory(prefix="home-")
     Path(folder.name, ".gitconfig").write_text("[user]\nname = Test\nemail = test@example.org\n")
+    Path(folder.name, "config").write_text("[core]\nanalytics = false\ncheck_update = false\n")
     return folder
 
 
@@ -28,6 +29,9 @@ def environment() -> dict[str, str]:
     return clean | {
         "PATH": path,
         "HOME": home().name,
+        "DVC_GLOBAL_CONFIG_DIR": home().name,
+        "DVC_SYSTEM_CONFIG_DIR": home().name,
+        "DVC_SITE_CACHE_DIR": f"{home().name}/dvc",  # else a folder of the whole machine
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # these jobs are for GenAI
     }
 

@@ -3,6 +3,7 @@
 The tests run hundreds of commands, and importing MLflow and PyTorch takes most of a command's time.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -57,8 +58,12 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # as the environment has it
     tests = Path(__file__).parent.parent
     libraries = [path for path in sys.path if Path(path) not in (tests, tests.parent)]
     sys.path = [str(folder), *libraries, str(tests.parent)]  # the last has the package dvc_mlflow, as if installed
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # as Python does, and multiprocessing does not: it removes temporary folders
