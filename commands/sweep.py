@@ -22,6 +22,7 @@ import math
 import re
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -466,14 +467,16 @@ class Sweep:
                 if run.data.tags["dvc.exp_name"] in rows:  # all trials have ended: its node was lost
                     store.terminate(run.info.run_id, "KILLED")
             lines = list(sync_history(store, [*revs.values()], self.args.ray not in (None, "local"))) if revs else []
+            found = defaultdict(list)  # the runs of each experiment
+            for run in store.search(own):
+                found[run.data.tags.get("dvc.exp_name")].append(run)
             for name in revs:
-                found = store.search({"dvc.exp_name": name, **own})
                 tags = self.tags(rows[name]["trial"], rows[name].get("budget", ""))
-                for run in found:
+                for run in found[name]:
                     for key, value in tags.items():
                         if run.data.tags.get(key) != value:
                             store.client.set_tag(run.info.run_id, key, value)
-                if not found:
+                if not found[name]:
                     raise UserError(next((line for line, failed in lines if failed), f"{name} has no row"))
             publish(store, self.baseline, result)
         except Exception as error:  # the store's, of any kind: it costs the record, not the result
