@@ -83,9 +83,9 @@ class S3(Service):
         parts = ("master", "volume", "filer", "s3", "admin")
         self._ports = {part: _free_port_pair() for part in parts}
         self._metrics = free_port()
-        command = ["weed", "mini", f"-dir={folder}", f"-ip={host}", f"-ip.bind={host}", "-bucket=team"]
+        command = ["weed", f"-logdir={folder}", "mini", f"-dir={folder}", f"-ip={host}", f"-ip.bind={host}"]
         command += [f"-{part}.port={port}" for part, port in self._ports.items()]
-        command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += ["-bucket=team", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += ["-master.telemetry=false", f"-metricsPort={self._metrics}"]
         self._host, self.uri = host, f"http://{host}:{self._ports['s3']}"
         super().__init__(command, self._ports["s3"], folder / "log", self._has_bucket, {**env, **self.env})

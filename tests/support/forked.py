@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 SUPPORT = Path(__file__).parent
-LIBRARIES = [
+LIBRARIES = [  # none that reads the environment when it is imported, as pygit2 reads HOME
     "torch",
     "mlflow.pyfunc",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -37,7 +37,6 @@ LIBRARIES = [
     "filelock",
     "hydra.core.override_parser.overrides_parser",
     "networkx",
-    "pygit2",
     "rich.table",
     "ruamel.yaml",
     "optuna",
