@@ -166,7 +166,8 @@ class Store:
             runs = self.known.get(execution.id, [])
         if experiment:
             runs = [run for run in runs if run.data.tags.get("dvc.exp_name") == experiment]
-        runs = sorted(runs, key=lambda run: "dvc.exp_name" in run.data.tags)
+        # Of several without an experiment, all but the lowest run id are about to be dropped: see `publish`.
+        runs = sorted(runs, key=lambda run: (1, "") if "dvc.exp_name" in run.data.tags else (0, run.info.run_id))
         if (maker := execution.maker_of_model()) and (parent := self.find(maker, experiment) or self.find(maker)):
             runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
         return runs[0] if runs else None

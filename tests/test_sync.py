@@ -60,6 +60,22 @@ def restored(finished_project: Project, tmp_path_factory: pytest.TempPathFactory
     return project
 
 
+def test_of_two_runs_of_an_execution_later_stages_belong_to_the_one_that_stays(project: Project) -> None:
+    """A recorder that is about to drop its run for another's has it finished for a moment."""
+    store = Store(project)
+    train, evaluate = store.run("train"), store.run("evaluate")
+    store.client.delete_run(evaluate.info.run_id)
+    tags, dropped = dict(train.data.tags), ""
+    while dropped <= train.info.run_id:
+        if dropped:
+            store.client.delete_run(dropped)
+        start_time = train.info.start_time - 1000
+        dropped = store.client.create_run(store.experiment_id, start_time, tags).info.run_id
+    store.client.set_terminated(dropped, "FINISHED")
+    sync(project)
+    assert store.run("evaluate").data.tags["mlflow.parentRunId"] == train.info.run_id
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_sync_makes_the_very_run_that_the_stage_made(stage: str, finished_project: Project, restored: Project) -> None:
     live, made = Store(finished_project), Store(restored)
