@@ -75,7 +75,6 @@ def run(
         return int(connection.recv(16))
 
 
-@functools.cache
 def address() -> str:
     """The address of this process's server, which ends when this process does."""
     return _start()[0]
