@@ -11,7 +11,7 @@ from mlflow.entities import Run
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, same, start_of
 from dvc_mlflow.project import Project, Unprovable, matches
 from dvc_mlflow.status import changed_declarations, digest_of
-from dvc_mlflow.store import CLAIM, EXECUTION, RunFiles, Store, parent_metrics
+from dvc_mlflow.store import CLAIM, EXECUTION, PARENT, RunFiles, Store, parent_metrics
 
 
 def audit_store(store: Store, everything: bool = False) -> Iterator[str]:
@@ -155,7 +155,7 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
             yield f"metrics {key}: its child runs have it, but it does not"
     maker = execution.maker_of_model()
     if maker:
-        parent_id = run.data.tags.get("mlflow.parentRunId")
+        parent_id = run.data.tags.get(PARENT)
         parent = store.client.get_run(parent_id) if parent_id else None
         if parent is None or parent.data.tags.get(CLAIM) != maker.id:
             yield "its parent is not the run that made its model"
@@ -166,7 +166,7 @@ def _of_children(store: Store, run: Run, own: set[str]) -> dict[str, list[float]
     values: dict[str, list[float]] = {}
     if not (run.outputs and run.outputs.model_outputs):
         return values
-    for child in store.search({"mlflow.parentRunId": run.info.run_id}, "FINISHED"):
+    for child in store.search({PARENT: run.info.run_id}, "FINISHED"):
         execution = store.execution_of(child)
         if execution is None:
             continue

@@ -32,6 +32,7 @@ from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
+    LifecycleStage,
     LoggedModelOutput,
     LoggedModelStatus,
     Metric,
@@ -60,6 +61,7 @@ CLAIM = "dvc.execution"  # the tag that names the execution a run shows
 MISTAKEN = "dvc.mistaken."  # and the hash of a dvc.lock entry that never ran: a tag of the run that did
 ABSENT = "dvc.absent."  # and the path of an image that could not be had when the run was recorded: sync adds it later
 RESERVED = r"(dvc|mlflow|git|process|version|hardware)\.|(stage|restored|resumed|commit)$"  # tags that are set here
+PARENT = "mlflow.parentRunId"
 CLAIM_SECONDS = 30  # how long to wait for another run that claims an execution
 HOST = socket.gethostname()
 
@@ -169,7 +171,7 @@ class Store:
         # Of several without an experiment, all but the lowest run id are about to be dropped: see `publish`.
         runs = sorted(runs, key=lambda run: (1, "") if "dvc.exp_name" in run.data.tags else (0, run.info.run_id))
         if (maker := execution.maker_of_model()) and (parent := self.find(maker, experiment) or self.find(maker)):
-            runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+            runs = [run for run in runs if run.data.tags.get(PARENT) == parent.info.run_id]
         return runs[0] if runs else None
 
     def know_all(self) -> None:
@@ -259,7 +261,7 @@ class Store:
             tags["dvc.exp_name"] = experiment
         tags |= self.project.tags()
         if parent:
-            tags["mlflow.parentRunId"] = parent.info.run_id
+            tags[PARENT] = parent.info.run_id
         what = [*([experiment] if experiment else []), *changes[:3], *(["…"] if len(changes) > 3 else [])]
         name = one_line(" ".join([execution.stage, *(what or [execution.fingerprint[:8]])]), 250)
         first = dict(list(tags.items())[:90])  # a run can be created with tags, but not with any number of them
@@ -342,8 +344,7 @@ class Store:
             for step, value in points.items()
             if step not in logged.get(column, {})
         ]
-        known = {entry.dataset.name for entry in run.inputs.dataset_inputs} if run.inputs else set()
-        if content.datasets.keys() - known:
+        if content.datasets.keys() - _datasets(run).keys():
             self._log_datasets(run_id, execution, content)
         self._log_files(run_id, execution, content)
         model_id = self._log_models(run_id, execution, content)
@@ -385,13 +386,9 @@ class Store:
 
     def _new_metrics(self, run: Run, content: Content, model_id: str | None, timestamp: int) -> list[Metric]:
         """The metrics that the run lacks, each linked to its model, or its parent's, and to the data set."""
-        links: dict[str, Any] = {}
-        if model_id is None and (parent_id := run.data.tags.get("mlflow.parentRunId")):
+        if model_id is None and (parent_id := run.data.tags.get(PARENT)):
             model_id = self.model_id(self.client.get_run(parent_id))
-        if model_id:
-            links["model_id"] = model_id
-        if len(content.datasets) == 1:
-            ((links["dataset_name"], links["dataset_digest"]),) = content.datasets.items()
+        links = _links(model_id, content.datasets)
         new = {key: value for key, value in content.metrics.items() if not same(run.data.metrics.get(key), value)}
         return [Metric(key, value, timestamp, 0, **links) for key, value in new.items()]
 
@@ -494,8 +491,12 @@ class Store:
         self.client.set_tag(run_id, CLAIM, execution.id)
         own = self.client.get_run(run_id)
         deadline = time.monotonic() + CLAIM_SECONDS
-        ended = False
+        ended = own.info.status == "FINISHED"  # already, if it was moved here from a parent that was dropped
         while True:
+            if self._lost_parent(own):
+                own = self._move(own, execution, experiment)
+                if ended:
+                    self.show_on_parent(own, execution)
             rivals = [run for run in self.search({CLAIM: execution.id}) if self._rivals(own, run, experiment)]
             finished = [run for run in rivals if run.info.status == "FINISHED"]
             claiming = [
@@ -504,14 +505,19 @@ class Store:
             if ended:
                 finished = [run for run in finished if run.info.run_id < run_id]
             if finished:
-                self.discard(run_id)
                 self._know(finished[0])
+                self._drop(run_id)
                 return finished[0]
             if claiming and time.monotonic() < deadline:
                 time.sleep(0.05)
             elif not ended:
                 end_time = _end_time(own)
-                self.show_on_parent(own, execution, end_time)  # a FINISHED run is complete
+                try:
+                    self.show_on_parent(own, execution, end_time)  # a FINISHED run is complete
+                except MlflowException:
+                    if self._lost_parent(own):
+                        continue
+                    raise
                 self.client.set_terminated(run_id, "FINISHED", end_time)
                 ended = True
             else:
@@ -519,11 +525,39 @@ class Store:
                 self._know(own)
                 return own
 
+    def _lost_parent(self, run: Run) -> bool:
+        """Whether the run's parent was dropped for another of its execution after this run had found it."""
+        parent_id = run.data.tags.get(PARENT)
+        return parent_id is not None and self.client.get_run(parent_id).info.lifecycle_stage != LifecycleStage.ACTIVE
+
+    def _move(self, run: Run, execution: Execution, experiment: str | None) -> Run:
+        """Make the run a child of the parent that stayed, with its metrics linked to that one's model.
+
+        Raises Unprovable if there is none.
+        """
+        self.known = None  # it has the parent that was dropped
+        run_id, parent = run.info.run_id, self.parent(execution, experiment)
+        assert parent is not None
+        self.client.set_tag(run_id, PARENT, parent.info.run_id)
+        if self.model_id(run) is None:
+            links = _links(self.model_id(parent), _datasets(run))
+            linked = [metric for metric in run.data._metric_objs if metric.step == 0]
+            self._log(run_id, [Metric(one.key, one.value, one.timestamp, 0, **links) for one in linked])
+        return self.client.get_run(run_id)
+
+    def _drop(self, run_id: str) -> None:
+        """Remove a run of an execution that has another; those that read its model move to the one that stays."""
+        self.discard(run_id)
+        for child in self.search({PARENT: run_id}, "FINISHED"):  # one that is RUNNING will see to it itself
+            with contextlib.suppress(MissingBytes, Unprovable):
+                if execution := self.execution_of(child):
+                    self.publish(child.info.run_id, execution, child.data.tags.get("dvc.exp_name"))
+
     def _rivals(self, own: Run, other: Run, experiment: str | None) -> bool:
         """Whether another run shows the same execution in the same place."""
         if own.info.run_id == other.info.run_id:
             return False
-        if own.data.tags.get("mlflow.parentRunId") != other.data.tags.get("mlflow.parentRunId"):
+        if own.data.tags.get(PARENT) != other.data.tags.get(PARENT):
             return False
         named = other.data.tags.get("dvc.exp_name")
         return named == experiment or (experiment is None and other.info.status == "FINISHED")
@@ -533,7 +567,7 @@ class Store:
 
         `end_time` is in milliseconds, given if the run is about to end.
         """
-        parent_id = run.data.tags.get("mlflow.parentRunId")
+        parent_id = run.data.tags.get(PARENT)
         if not parent_id:
             return
         parent = self.client.get_run(parent_id)
@@ -549,7 +583,7 @@ class Store:
         """The names of the run's own metrics, without those of the runs that read its model."""
         if content := self._contents.get(run.info.run_id):
             return {*content.metrics, *content.curves}
-        children = self.search({"mlflow.parentRunId": run.info.run_id}, "FINISHED")
+        children = self.search({PARENT: run.info.run_id}, "FINISHED")
         theirs = {key for child in children for key in child.data.metrics}
         theirs |= {valid_name(f"{child.data.tags['stage']}.{key}") for child in children for key in child.data.metrics}
         execution = self.execution_of(run)
@@ -651,7 +685,6 @@ class Store:
         """The run's content, of the kinds expected of it."""
         tags = run.data.tags
         kept = {key: value for key, value in tags.items() if key in expected.tags or _is_hash(key)}
-        inputs = run.inputs.dataset_inputs if run.inputs else []
         models = {}
         for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run.info.run_id}'"):
             for key, value in model.tags.items():
@@ -660,7 +693,7 @@ class Store:
         return Content(
             params=run.data.params,
             tags=kept,
-            datasets={entry.dataset.name: entry.dataset.digest for entry in inputs},
+            datasets=_datasets(run),
             metrics={k: v for k, v in run.data.metrics.items() if k not in expected.curves},
             curves=self.points(run, {*expected.curves}),
             artifacts=self._artifact_digests(run, expected),
@@ -751,6 +784,20 @@ def parent_metrics(execution: Execution, content: Content, own: set[str]) -> dic
         if "." not in key:
             shown[valid_name(f"{prefix}.{key}" if prefix else key)] = value
     return shown
+
+
+def _datasets(run: Run) -> dict[str, str]:
+    """The names and digests of the data sets that the run read."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    return {entry.dataset.name: entry.dataset.digest for entry in inputs}
+
+
+def _links(model_id: str | None, datasets: Mapping[str, str]) -> dict[str, str]:
+    """What a metric names: the model that it is of, and the data set if there is one."""
+    links = {"model_id": model_id} if model_id else {}
+    if len(datasets) == 1:
+        ((links["dataset_name"], links["dataset_digest"]),) = datasets.items()
+    return links
 
 
 @contextlib.contextmanager

@@ -16,6 +16,11 @@ from mlflow.entities import Run
 from support.commands import environment, execute
 from support.project import make_project
 
+from dvc_mlflow.execution import Execution, content_of
+from dvc_mlflow.project import Git
+from dvc_mlflow.project import Project as DVCProject
+from dvc_mlflow.store import CLAIM
+from dvc_mlflow.store import Store as MLflowStore
 from stages.stage import md5
 
 HERE = {"GIT_AUTHOR_NAME": "Ada", "GIT_AUTHOR_EMAIL": "ada@example.org"}
@@ -162,6 +167,46 @@ def test_each_lock_has_runs_with_its_own_params_even_if_the_bytes_are_the_same(p
     for run in scores:
         parent = runs[run.data.tags["mlflow.parentRunId"]]
         assert (parent.data.tags["stage"], parent.data.params["label"]) == ("fit", run.data.params["label"])
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["being recorded", "recorded"])
+def test_a_run_moves_to_the_parent_that_stays_if_its_own_is_dropped(
+    pipeline: Pipeline, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two recorders of an execution, one drops its run, which a third may have found before that."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{pipeline.folder}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "project")
+    pipeline.run("dvc", "repro")
+    project = DVCProject(pipeline.folder)
+    store, fit, score = MLflowStore(project), project.locked("fit"), project.locked("score")
+    assert fit and score
+
+    def begin(execution: Execution) -> str:
+        content = content_of(execution, project)
+        run_id, _ = store.begin(execution, None, os.getpid(), project.now(), Git(), live=False, content=content)
+        return run_id
+
+    kept, dropped = sorted(begin(fit) for _ in range(2))
+    for run_id in kept, dropped:
+        store.complete(run_id, fit)
+    store.publish(dropped, fit, None)  # before the other has claimed the execution
+    child = begin(score)
+    if finished:
+        store.complete(child, score)
+        store.publish(child, score, None)
+    store.client.set_tag(kept, CLAIM, fit.id)
+    store.terminate(kept, "FINISHED")
+    assert store.publish(dropped, fit, None).info.run_id == kept
+    if not finished:
+        store.complete(child, score)
+        store.publish(child, score, None)
+    runs = {run.info.run_id: run for run in pipeline.runs()}
+    assert runs.keys() == {kept, child}
+    assert (runs[child].info.status, runs[child].data.tags["mlflow.parentRunId"]) == ("FINISHED", kept)
+    (model,) = store.models_of(kept, "model.txt")
+    assert [(metric.key, metric.run_id) for metric in model.metrics or []] == [("score", child)]
+    pipeline.run("dvc-mlflow", "audit", "--all")
+    assert pipeline.run("dvc-mlflow", "sync").count("recorded before") == 2
 
 
 def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeline: Pipeline) -> None:
