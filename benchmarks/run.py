@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ def spread(values: Sequence[float]) -> str:
 class Bench:
     """Copies of the project in `folder`, and the commands timed in them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, create_database: Callable[..., str]) -> None:
+        self.folder, self.create_database = folder, create_database
         self.source = folder / "source"  # gzip files, as fetch reads them
         self.raw = folder / "torchvision" / "FashionMNIST" / "raw"  # unpacked, as torchvision keeps them
         self.copies = 0
@@ -251,7 +251,7 @@ def measure_throughput(bench: Bench, plain_wall: Sequence[float]) -> list[Row]:
     ]  # fmt: skip
 
 
-def measure_nothing(bench: Bench) -> Row:
+def measure_nothing(bench: Bench) -> list[Row]:
     """`dvc repro` with nothing to do, here and in a project with one empty stage."""
     empty = bench.folder / "empty"
     empty.mkdir()
@@ -265,7 +265,7 @@ def measure_nothing(bench: Bench) -> Row:
         ours.append(bench.time(["dvc", "repro"], folder))
         theirs.append(bench.time(["dvc", "repro"], empty))
     name = "`dvc repro` with nothing to do, against that of a project of one empty stage"
-    return Row(name, "≤ 1.15", ratio(ours[1:], theirs[1:]), ours[1:], theirs[1:], "s")
+    return [Row(name, "≤ 1.15", ratio(ours[1:], theirs[1:]), ours[1:], theirs[1:], "s")]
 
 
 def measure_scaling(bench: Bench) -> list[Row]:
@@ -297,10 +297,9 @@ def measure_store(bench: Bench) -> list[Row]:
     few, many = folder / "mlflow.db", folder / "many.db"
     shutil.copyfile(few, many)
     rows = measure_commands(folder, "SQLite", f"sqlite:///{few}", f"sqlite:///{many}")
-    with postgres() as create:
-        few_uri = create("few")
-        run(["dvc-mlflow", "sync"], folder, MLFLOW_TRACKING_URI=few_uri)
-        return rows + measure_commands(folder, "PostgreSQL", few_uri, create("--template", "few", "many"))
+    few_uri = bench.create_database("few")
+    run(["dvc-mlflow", "sync"], folder, MLFLOW_TRACKING_URI=few_uri)
+    return rows + measure_commands(folder, "PostgreSQL", few_uri, bench.create_database("--template", "few", "many"))
 
 
 def measure_commands(folder: Path, kind: str, few: str, many: str) -> list[Row]:
@@ -331,7 +330,7 @@ def measure_commands(folder: Path, kind: str, few: str, many: str) -> list[Row]:
     return rows
 
 
-def measure_history(bench: Bench) -> Row:
+def measure_history(bench: Bench) -> list[Row]:
     """`dvc-mlflow sync --all` of 200 commits with three stage runs each, and again with nothing to do."""
     ours, theirs = [], []
     for number in tqdm(range(3), "history", disable=None):
@@ -340,7 +339,7 @@ def measure_history(bench: Bench) -> Row:
         ours.append(bench.time(["dvc-mlflow", "sync", "--all"], folder))
         theirs.append(bench.time(["dvc-mlflow", "sync", "--all"], folder))
     name = "`dvc-mlflow sync --all`, 200 commits of three stages, against the second time"
-    return Row(name, "≤ 60 s", statistics.median(ours), ours, theirs, "s")
+    return [Row(name, "≤ 60 s", statistics.median(ours), ours, theirs, "s")]
 
 
 def machine() -> str:
@@ -357,10 +356,13 @@ def machine() -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name))
-        rows = [*measure_cold(bench), measure_nothing(bench), *measure_scaling(bench)]
-        rows += [*measure_store(bench), measure_history(bench)]
+    rows: list[Row] = []
+    with postgres() as create_database, tempfile.TemporaryDirectory() as name:  # if it is missing, fail at once
+        bench = Bench(Path(name), create_database)
+        for measure in (measure_cold, measure_nothing, measure_scaling, measure_store, measure_history):
+            measured = measure(bench)
+            print(*(row.line() for row in measured), sep="\n", flush=True)  # of use if a later one fails
+            rows += measured
     table = "\n".join(
         [
             "# Benchmarks",
@@ -375,7 +377,7 @@ def main() -> None:
             "",
         ]
     )
-    print(table)
+    print(machine())
     notes = RESULTS.read_text(encoding="utf-8").partition(NOTES)[2] if RESULTS.exists() else ""
     RESULTS.write_text(table + NOTES + notes, encoding="utf-8")
 
