@@ -238,12 +238,15 @@ def stored(value: float) -> float:
 
 
 def named_params(execution: Execution) -> dict[str, str]:
-    """The stage's own params as MLflow shows them: `key`, or `file:key` for files other than params.yaml."""
+    """The stage's own params as MLflow shows them: `key`, or `file:key` for files other than params.yaml.
+
+    Other orders of the keys in a value are the same value, and so the same text.
+    """
     values = {}
     for path, params in execution.params.items():
         for key, value in flatten(params).items():
             name = valid_name(key if path == "params.yaml" else f"{path}:{key}")
-            values[name] = value if isinstance(value, str) else json.dumps(value, default=str)
+            values[name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return values
 
 

@@ -130,7 +130,7 @@ plots:
 FILES = {
     "raw.csv": "name,value\nx,1\ny,2\n",
     "params.yaml": "train: {rate: 0.5, layers: [8, 4]}\nsilent: true\nunused: 1\n",
-    "conf.json": '{"a": {"b": 1, "c": 2}, "list": [1, 2]}',
+    "conf.json": '{"a": {"b": 1, "c": 2}, "list": [1, {"d": 3, "c": 4}]}',
     "conf.toml": "top = 1\n[deep]\nname = 't'\n[deep.er]\nx = 2.5\n",
     "conf.py": "RATE = 0.25\nUNUSED = 3\nclass Net:\n    width = 16\n",
     "whole.yaml": "p: 1\nq: {r: two}\n",
@@ -265,7 +265,7 @@ def test_params_of_all_kinds_of_files(runs: dict[str, Run]) -> None:
         "train.rate": "0.5",
         "train.layers": "[8, 4]",
         "conf.json:a.b": "1",
-        "conf.json:list": "[1, 2]",
+        "conf.json:list": '[1, {"c": 4, "d": 3}]',
         "conf.toml:deep.name": "t",
         "conf.toml:deep.er.x": "2.5",
         "conf.py:RATE": "0.25",
