@@ -82,7 +82,9 @@ def view(store: Store, most: int) -> dict[str, Any]:
         [store.experiment_id], f"{NOT_CHILDREN} and attributes.status = 'FINISHED'", max_results=1000
     )
     if not metrics:  # the bytes are unavailable: use what the rows have
-        metrics = sorted({key for run in runs for key in run.data.metrics if "." not in key})
+        names = sorted({key for run in runs for key in run.data.metrics if "." not in key})
+        best = _by_name(dict.fromkeys(names, 0))
+        metrics = sorted(names, key=lambda name: best is None or name != best[0])
     shown = [f"metrics.`{name}`" for name in metrics[:most]]
     shown += [f"params.`{name}`" for name in varying(list(runs))[:most]]
     order = {"orderByKey": f"metrics.`{best[0]}`", "orderByAsc": best[1]} if best else {}

@@ -21,6 +21,7 @@ from dvc_mlflow.project import Git
 from dvc_mlflow.project import Project as DVCProject
 from dvc_mlflow.store import CLAIM
 from dvc_mlflow.store import Store as MLflowStore
+from dvc_mlflow.ui import view
 from stages.stage import md5
 
 HERE = {"GIT_AUTHOR_NAME": "Ada", "GIT_AUTHOR_EMAIL": "ada@example.org"}
@@ -207,6 +208,23 @@ def test_a_run_moves_to_the_parent_that_stays_if_its_own_is_dropped(
     assert [(metric.key, metric.run_id) for metric in model.metrics or []] == [("score", child)]
     pipeline.run("dvc-mlflow", "audit", "--all")
     assert pipeline.run("dvc-mlflow", "sync").count("recorded before") == 2
+
+
+def test_the_view_shows_the_best_run_first_if_the_metrics_files_are_gone(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{pipeline.folder}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "project")
+    pipeline.run("dvc", "repro")
+    pipeline.run("dvc-mlflow", "sync")
+    (pipeline.folder / "score.yaml").unlink()
+    shutil.rmtree(pipeline.folder / ".dvc/cache")
+    shown = view(MLflowStore(DVCProject(pipeline.folder)), 20)
+    assert (shown["selectedColumns"][0], shown["orderByKey"], shown["orderByAsc"]) == (
+        "metrics.`score`",
+        "metrics.`score`",
+        False,
+    )
 
 
 def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeline: Pipeline) -> None:
