@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlflow
@@ -16,11 +16,11 @@ from mlflow.entities import Run
 
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, metric_names
 from dvc_mlflow.project import Unprovable
-from dvc_mlflow.store import Store, parent_metrics
+from dvc_mlflow.store import PARENT, Store, parent_metrics
 from dvc_mlflow.text import VALUE_LENGTH
 
 VIEW = "dvc-mlflow"  # the key of the saved view
-NOT_CHILDREN = "tags.`mlflow.parentRunId` IS NULL"
+NOT_CHILDREN = f"tags.`{PARENT}` IS NULL"
 MOST_COLUMNS = 20  # for metrics, and for params
 HIGHER = r"accuracy|acc$|auc|auroc|f1|f_score|precision|recall|r2|map\d*$|bleu|rouge|iou|dice|score|reward|correct"
 LOWER = r"loss|error|err$|mse|mae|mape|perplexity|ppl|ece|wer|cer|rmse|nll|brier|distance"
@@ -77,22 +77,21 @@ def save_view(store: Store) -> None:
 
 def view(store: Store, most: int) -> dict[str, Any]:
     """The state of MLflow's table of runs: at most `most` metrics and `most` params, the best run first if known."""
-    metrics, best = columns(store)
     runs = store.client.search_runs(
         [store.experiment_id], f"{NOT_CHILDREN} and attributes.status = 'FINISHED'", max_results=1000
     )
-    if not metrics:  # the bytes are unavailable: use what the rows have
-        names = sorted({key for run in runs for key in run.data.metrics if "." not in key})
-        best = _by_name(dict.fromkeys(names, 0))
-        metrics = sorted(names, key=lambda name: best is None or name != best[0])
+    metrics, best = columns(store, runs)
     shown = [f"metrics.`{name}`" for name in metrics[:most]]
-    shown += [f"params.`{name}`" for name in varying(list(runs))[:most]]
+    shown += [f"params.`{name}`" for name in varying(runs)[:most]]
     order = {"orderByKey": f"metrics.`{best[0]}`", "orderByAsc": best[1]} if best else {}
     return {"searchFilter": NOT_CHILDREN, **order, "selectedColumns": shown, "columnOrder": shown}
 
 
-def columns(store: Store) -> tuple[list[str], tuple[str, bool] | None]:
-    """The metrics that dvc.yaml declares, as rows show them, and the one to sort by, with True if lower is better."""
+def columns(store: Store, runs: Sequence[Run]) -> tuple[list[str], tuple[str, bool] | None]:
+    """The metrics that dvc.yaml declares, as rows show them, and the one to sort by, with True if lower is better.
+
+    If their bytes are unavailable, those that the rows have.
+    """
     project = store.project
     names: dict[str, int] = {}  # by metric: 0 if its stage reads a model, else 1
     said: tuple[str, bool] | None = None
@@ -110,6 +109,8 @@ def columns(store: Store) -> tuple[list[str], tuple[str, bool] | None]:
         for key, ascending in (("maximize", False), ("minimize", True)):
             if str(meta.get(key)) in found:
                 said = found[str(meta[key])], ascending
+    if not names:
+        names = dict.fromkeys(sorted({key for run in runs for key in run.data.metrics if "." not in key}), 0)
     best = said or _by_name(names)
     order = {name: place for place, name in enumerate(names)}
     ordered = sorted(names, key=lambda name: (best is None or name != best[0], "." in name, names[name], order[name]))
@@ -145,7 +146,7 @@ def _by_name(names: Mapping[str, int]) -> tuple[str, bool] | None:
     return min(found)[4:] if found else None
 
 
-def varying(runs: list[Run]) -> list[str]:
+def varying(runs: Sequence[Run]) -> list[str]:
     """The params whose values differ between the runs that have them, sorted."""
     values: dict[str, set[str]] = {}
     for run in runs:

@@ -120,6 +120,14 @@ def pipeline(made: dict[str, Path], tmp_path: Path) -> Pipeline:
 
 
 @pytest.fixture
+def named(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """The project, whose store this process can open, too."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{pipeline.folder}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "project")
+    return pipeline
+
+
+@pytest.fixture
 def live(made: dict[str, Path], tmp_path: Path) -> Pipeline:
     """The project whose commands have the prefix `dvc-mlflow run`."""
     return Pipeline(shutil.copytree(made["dvc-mlflow run "], tmp_path / "project"))
@@ -171,14 +179,10 @@ def test_each_lock_has_runs_with_its_own_params_even_if_the_bytes_are_the_same(p
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["being recorded", "recorded"])
-def test_a_run_moves_to_the_parent_that_stays_if_its_own_is_dropped(
-    pipeline: Pipeline, finished: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_moves_to_the_parent_that_stays_if_its_own_is_dropped(named: Pipeline, finished: bool) -> None:
     """Of two recorders of an execution, one drops its run, which a third may have found before that."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{pipeline.folder}/mlflow.db")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "project")
-    pipeline.run("dvc", "repro")
-    project = DVCProject(pipeline.folder)
+    named.run("dvc", "repro")
+    project = DVCProject(named.folder)
     store, fit, score = MLflowStore(project), project.locked("fit"), project.locked("score")
     assert fit and score
 
@@ -201,25 +205,21 @@ def test_a_run_moves_to_the_parent_that_stays_if_its_own_is_dropped(
     if not finished:
         store.complete(child, score)
         store.publish(child, score, None)
-    runs = {run.info.run_id: run for run in pipeline.runs()}
+    runs = {run.info.run_id: run for run in named.runs()}
     assert runs.keys() == {kept, child}
     assert (runs[child].info.status, runs[child].data.tags["mlflow.parentRunId"]) == ("FINISHED", kept)
     (model,) = store.models_of(kept, "model.txt")
     assert [(metric.key, metric.run_id) for metric in model.metrics or []] == [("score", child)]
-    pipeline.run("dvc-mlflow", "audit", "--all")
-    assert pipeline.run("dvc-mlflow", "sync").count("recorded before") == 2
+    named.run("dvc-mlflow", "audit", "--all")
+    assert named.run("dvc-mlflow", "sync").count("recorded before") == 2
 
 
-def test_the_view_shows_the_best_run_first_if_the_metrics_files_are_gone(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{pipeline.folder}/mlflow.db")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "project")
-    pipeline.run("dvc", "repro")
-    pipeline.run("dvc-mlflow", "sync")
-    (pipeline.folder / "score.yaml").unlink()
-    shutil.rmtree(pipeline.folder / ".dvc/cache")
-    shown = view(MLflowStore(DVCProject(pipeline.folder)), 20)
+def test_the_view_shows_the_best_run_first_if_the_metrics_files_are_gone(named: Pipeline) -> None:
+    named.run("dvc", "repro")
+    named.run("dvc-mlflow", "sync")
+    (named.folder / "score.yaml").unlink()
+    shutil.rmtree(named.folder / ".dvc/cache")
+    shown = view(MLflowStore(DVCProject(named.folder)), 20)
     assert (shown["selectedColumns"][0], shown["orderByKey"], shown["orderByAsc"]) == (
         "metrics.`score`",
         "metrics.`score`",
