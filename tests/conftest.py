@@ -23,7 +23,7 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from filelock import FileLock
 from support.commands import environment
 from support.data import CLASSES, SHAPE, make_tiny_files
-from support.project import ROOT, SMALL, Project, copy, make_project
+from support.project import ROOT, SMALL, Project, copy, forget_addresses, make_project
 from support.servers import SSH, Served, serve
 
 from benchmarks.servers import S3, free_port
@@ -111,6 +111,7 @@ def fresh_project(tiny_files: dict[str, bytes], mirror: str, tmp_path_factory: p
         if (ROOT / name).exists():
             (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project.folder / name)  # with its run bit
+    forget_addresses(project.folder)
     project.set("fetch.mirrors", [mirror])
     project.set("fetch.classes", CLASSES)
     with modify_yaml(project.folder / "dvc.yaml") as pipeline:

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-from support.project import Project, make_project
+from support.project import Project, forget_addresses, make_project
 from support.servers import serve
 
 from benchmarks.servers import free_port
@@ -96,3 +96,13 @@ def test_no_process_of_the_ui_has_the_address_on_its_command_line(tmp_path: Path
     assert (tmp_path / "of-a-secret-name.db").exists()
     assert any("mlflow" in line for line in lines)
     assert not [line for line in lines if "of-a-secret-name" in line]
+
+
+def test_tests_use_no_address_that_a_team_has_committed(small: Project) -> None:
+    settings = small.folder / "pyproject.toml"
+    own = settings.read_text()
+    settings.write_text(f'{own}tracking_uri = "http://mlflow.example.org:5000"\n')
+    small.dvc("remote", "add", "--default", "team", "s3://team/project")
+    forget_addresses(small.folder)
+    assert settings.read_text() == own
+    assert small.dvc("remote", "list").stdout == ""

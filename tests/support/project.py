@@ -57,6 +57,13 @@ def make_project(folder: Path, files: Mapping[str, str], git: bool = True) -> No
         assert ended.returncode == 0, ended
 
 
+def forget_addresses(folder: Path) -> None:
+    """Remove the DVC remotes and the MLflow server that a team has committed: tests use their own."""
+    (folder / ".dvc/config").write_text("")
+    settings = folder / "pyproject.toml"
+    settings.write_text(re.sub("^tracking_uri *=.*\n", "", settings.read_text(), flags=re.MULTILINE))
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of the project, with git and DVC, in a folder of its own."""
