@@ -13,7 +13,7 @@ from stages.stage import StageError
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 MIRROR = r"https?://[^\s,\]]+"  # the first one
-CLASSES = r"classes: \[[^]]*\]"  # DVC folds them if it writes the file
+CLASSES = r"classes:(?: \[.*\]|(?:\n +- .*)+)"  # or as `dvc exp run -S` writes a list
 
 
 def changed(pattern: str, new: str) -> str:
