@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import IO, Any, NoReturn, Self
 
 from filelock import FileLock, Timeout
 
@@ -289,14 +290,22 @@ class Cluster:
         self._baseline, self._jobs, self.remote = baseline, jobs, address != "local"
         url = _check_remotes(baseline) if self.remote else ""
         _check_answers(address)
+        _choose_token(address)
         import dvc.api
         import ray
 
-        try:
-            new: Any = {"include_dashboard": False, "object_store_memory": 100 << 20} if not self.remote else {}
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **new)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            sys.exit(f"error: expected a Ray cluster at {address}, found none: {str(error).splitlines()[0]}")
+        new: Any = {"include_dashboard": False, "object_store_memory": 100 << 20} if not self.remote else {}
+        with _kept_errors() as kept:  # Ray writes the same line each second
+            try:
+                ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **new)
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                kept.seek(0)
+                if b"InvalidAuthToken" in kept.read():
+                    sys.exit(
+                        f"error: expected the token of the Ray cluster at {address}, found another one or none; copy "
+                        "~/.ray/auth_token from the machine of `ray start --head`"
+                    )
+                sys.exit(f"error: expected a Ray cluster at {address}, found none: {str(error).splitlines()[0]}")
         self._ray, self._params, self._cpus = ray, dvc.api.params_show().get("train", {}), 1
         identity = {key: _git(baseline.folder, "config", key).decode().strip() for key in ("user.name", "user.email")}
         env = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME") if key in os.environ}
@@ -402,6 +411,33 @@ def _check_answers(address: str) -> None:
             sys.exit(f"error: expected a Ray cluster at {address}, found none: {error}")
     elif address not in ("local", "auto"):
         sys.exit(f"error: expected a Ray address such as 10.0.0.1:6379, found {address}")
+
+
+def _choose_token(address: str) -> None:
+    """Let Ray authenticate as `ray start` does: by this machine's token, if it has one.
+
+    A cluster that ends with the command has a token of its own: Ray would write one to ~/.ray, and any later
+    `ray start` would ask for it.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if address == "local":
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ} or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+@contextlib.contextmanager
+def _kept_errors() -> Iterator[IO[bytes]]:
+    """Keep in a file what is written to standard error, by compiled code, too."""
+    with tempfile.TemporaryFile() as kept:
+        shown = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield kept
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 def work(source: Source, trial: Trial) -> tuple[str, str]:

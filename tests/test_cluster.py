@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from support.cluster import Site, site_here, site_in_namespaces
+from support.cluster import RAY, Site, site_here, site_in_namespaces
 from support.commands import environment
 from support.project import Project, copy
 from support.team import Remote, found_team
@@ -31,6 +32,8 @@ def site(
     if far and not stress:
         pytest.skip("the long form: --stress")
     folder = tempfile.mkdtemp(prefix="ray-")  # its path is short, since Ray has sockets in it
+    for key in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(key)
     for key, value in (environment() | QUIET | s3.env | {"TMPDIR": folder}).items():
         monkeypatch.setenv(key, value)
     with site_in_namespaces(tmp_path) if far else site_here(tmp_path, s3) as made:
@@ -152,6 +155,46 @@ def test_ray_on_one_machine_needs_no_remote_and_no_set_up(small: Project, projec
     assert refused.stderr.startswith("error: expected a node with 999 CPU(s) and 0 GPU(s) for replicate-")
     seeds = ["--seeds", "1", "--ray", "-S", "train.epochs=1", "-S", "train.threads=1", "--name", "seeds", "--json"]
     assert json.loads(project.command("replicate", *seeds).stdout)["seeds"] == 1
+    assert not Path(environment()["HOME"], ".ray").exists(), "a token there would be asked for by the next `ray start`"
+
+
+def test_a_cluster_with_a_token_is_for_who_has_it(project: Project, tmp_path: Path, s3: S3) -> None:
+    found(project, Site("", LOOPBACK, str(tmp_path), s3, lambda: None), tmp_path)
+    home, address = tmp_path / "home", f"{LOOPBACK}:{free_port()}"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray/auth_token").write_text("0" * 64)
+    shutil.copy(Path(environment()["HOME"], ".gitconfig"), home)
+    owner, line = s3.env | {"HOME": str(home)}, f"sweep --trials 2 -S train.lr=interval(0,1) --name x --ray {address}"
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        start: list[str | Path] = [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            f"--node-ip-address={LOOPBACK}",
+            f"--port={address.split(':')[1]}",
+        ]
+        head = subprocess.Popen(
+            [*start, "--num-cpus=0", "--include-dashboard=false"],
+            env=environment() | QUIET | owner | {"TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert head.stdout
+        for shown in head.stdout:
+            if "Ray runtime started" in shown:
+                break
+        try:
+            (joined,) = project.commands(line, **owner).values()
+            (stranger,) = project.commands(line, **s3.env, RAY_NUM_REDIS_GET_RETRIES="2").values()
+        finally:
+            head.terminate()
+            head.communicate()
+    assert joined.stderr.startswith("error: expected a node with 1 CPU(s)")
+    assert stranger.stderr.startswith(
+        f"error: expected the token of the Ray cluster at {address}, found another one or"
+    )
 
 
 def test_a_remote_that_refuses_or_has_another_experiment_is_not_overwritten(project: Project, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def home() -> tempfile.TemporaryDirectory[str]:
 
 def environment() -> dict[str, str]:
     """The environment without the settings of the user, of this project and of a make that runs the tests."""
-    foreign = re.compile("MLFLOW_|DVC_|FASHION_|GIT_|XDG_|MAKE|MFLAGS")
+    foreign = re.compile("MLFLOW_|DVC_|RAY_|FASHION_|GIT_|XDG_|MAKE|MFLAGS")
     clean = {key: value for key, value in os.environ.items() if not foreign.match(key)}
     path = f"{Path(sys.executable).parent}:{clean['PATH']}"
     return clean | {
