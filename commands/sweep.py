@@ -21,6 +21,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -518,7 +519,7 @@ def grid(space: "Mapping[str, BaseDistribution]") -> Iterator[dict[str, Any]]:
 
 def _plain(value: Any) -> str:
     text = " ".join(value) if isinstance(value, list) else str(value)
-    return text[:60] or "none"
+    return textwrap.shorten(text, 60, placeholder=" …") or "none"
 
 
 if __name__ == "__main__":

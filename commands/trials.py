@@ -70,9 +70,14 @@ def read_baseline() -> Baseline:
         sys.exit(f"error: {error}")
     except FileNotFoundError as error:
         sys.exit(f"error: expected {error.filename}, found none; install it")
-    for key in ("user.name", "user.email"):  # DVC commits each experiment
-        if subprocess.run(["git", "config", key], cwd=baseline.folder, capture_output=True).returncode:
-            sys.exit(f"error: expected {key} in git's configuration, found none; `git config --global {key} …` sets it")
+    missing = [  # DVC commits each experiment
+        key
+        for key in ("user.name", "user.email")
+        if subprocess.run(["git", "config", key], cwd=baseline.folder, capture_output=True).returncode
+    ]
+    if missing:
+        cure = " and ".join(f"`git config --global {key} …`" for key in missing)
+        sys.exit(f"error: expected {' and '.join(missing)} in git's configuration, found none; {cure} sets it")
     return baseline
 
 

@@ -248,7 +248,9 @@ def main() -> None:
     except Exception as error:  # of any kind: the user gets one line
         if is_strict():
             put_back()
-        warn(f"{describe(error)}; `dvc-mlflow sync` records this later")
+            warn(describe(error))
+        else:
+            warn(f"{describe(error)}; `dvc-mlflow sync` records this later")
         os._exit(1)
     os._exit(0)  # Python would take 0.1 s to tear MLflow down
 

@@ -65,4 +65,6 @@ def test_without_a_git_identity_it_says_so_before_it_starts(project: Project, tm
     failed = project.command("replicate", "--seeds", "1", check=False, HOME=str(tmp_path))
     assert failed.returncode == 1
     (line,) = failed.stderr.splitlines()
-    assert line.startswith("error: expected user.name in git's configuration, found none; `git config --global")
+    assert line.startswith(
+        "error: expected user.name and user.email in git's configuration, found none; `git config --global"
+    )

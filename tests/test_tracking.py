@@ -194,6 +194,7 @@ def test_strict_tracking_fails_before_anything_is_done_and_loses_nothing(project
     result = project.dvc("repro", check=False, warns=False, **strict)
     assert result.returncode != 0
     assert "error: MLflow cannot record this run, and TRACKING_STRICT is set" in result.stderr
+    assert "records this later" not in result.stderr
     assert "epoch" not in result.stdout
     assert "Traceback" not in result.stderr
     assert {path: (project.folder / path).read_bytes() for path in before} == before
