@@ -137,8 +137,6 @@ def _from_mlflow(name: str) -> tuple[Sequence[int], Predict]:
         import mlflow
         from mlflow.models import Model
 
-        from dvc_mlflow.store import describe
-
         path = mlflow.artifacts.download_artifacts(name, dst_path=folder.name)
         loader = Model.load(path).flavors.get("python_function", {}).get("loader_module")
         if loader != "mlflow.pyfunc.loaders.code_model":
@@ -153,7 +151,10 @@ def _from_mlflow(name: str) -> tuple[Sequence[int], Predict]:
         try:
             answer = model.predict(images)
         except Exception as error:  # the model may raise anything
-            raise StageError(f"{name} cannot classify these images: {describe(error)}") from None
+            raise StageError(
+                f"{name} cannot classify images {tuple(shape)}, the shape of its signature in dvc.yaml: "
+                f"{shorten(f'{type(error).__name__}: {error}')}"
+            ) from None
         finally:
             folder.cleanup()  # the model's code is there
         return list(answer.columns[1:]), answer.iloc[:, 1:].to_numpy()

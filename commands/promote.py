@@ -94,7 +94,12 @@ def promote(store: "Store", run: "Run", force: bool) -> None:
                 f"expected version {champion.version}, the {ALIAS}, to name the run that made it, found none; "
                 "--force promotes without a comparison"
             )
-        comparison = compare(read_result(store.project, champion.run_id), read_result(store.project, run.info.run_id))
+        try:
+            comparison = compare(
+                read_result(store.project, champion.run_id), read_result(store.project, run.info.run_id)
+            )
+        except UserError as error:
+            raise UserError(f"{error}; --force promotes without a comparison") from None
         verdict = comparison["sentence"]
         print(verdict)
         if comparison["verdict"] == "worse":

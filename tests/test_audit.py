@@ -101,7 +101,7 @@ def change_curve(project: Project) -> None:
 
 def add_param(project: Project) -> None:
     mlflow = Store(project)
-    mlflow.client.log_param(mlflow.run("train").info.run_id, "train.momentum", "0.9")
+    mlflow.client.log_param(mlflow.run("train").info.run_id, "train.no_such_param", "0.9")
 
 
 def change_parent(project: Project) -> None:
@@ -138,7 +138,7 @@ def leave_run(project: Project) -> None:
         (change_headline, "metrics test_accuracy: MLflow has 0.123; expected "),
         (change_metric, "metrics f1.Bag: MLflow has 0.123; expected "),
         (change_curve, "curve train_loss at step 2: MLflow has 0.123; expected "),
-        (add_param, 'params train.momentum: MLflow has "0.9"; expected nothing'),
+        (add_param, 'params train.no_such_param: MLflow has "0.9"; expected nothing'),
         (change_parent, "its parent is not "),
         (change_artifact, 'artifacts metrics/predictions.parquet: MLflow has "other bytes"'),
         (change_weights, 'model models/lenet.safetensors: MLflow has "other bytes"'),

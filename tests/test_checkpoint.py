@@ -210,10 +210,11 @@ class BatchNormLeNet(LeNet):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.input_norm = nn.BatchNorm2d(1)
+        self.added_norm = nn.BatchNorm1d(1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(self.input_norm(images.unsqueeze(1).float()).squeeze(1))
+        pixels = images.flatten(1).unsqueeze(1).float()  # of images in grey or in colour
+        return super().forward(self.added_norm(pixels).view(images.shape))
 
 
 class DropoutLeNet(LeNet):
@@ -221,10 +222,10 @@ class DropoutLeNet(LeNet):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.dropout = nn.Dropout(0.2)
+        self.added_dropout = nn.Dropout(0.2)
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(self.dropout(images.float()))
+        return super().forward(self.added_dropout(images.float()))
 
 
 @pytest.mark.parametrize("network", [BatchNormLeNet, DropoutLeNet])

@@ -49,7 +49,9 @@ def test_the_files_equal_a_computation_from_the_model_and_the_data(finished_proj
     probabilities = predict(model, torch.from_numpy(dataset.images), TEST_SIZE).double().softmax(1).numpy()
     metrics = json.loads((folder / "metrics/evaluate.json").read_text())
     assert metrics["test_accuracy"] == pytest.approx(accuracy_score(dataset.labels, probabilities.argmax(1)))
-    assert metrics["test_loss"] == pytest.approx(log_loss(dataset.labels, probabilities, labels=range(10)), rel=1e-5)
+    assert metrics["test_loss"] == pytest.approx(
+        log_loss(dataset.labels, probabilities, labels=range(len(dataset.classes))), rel=1e-5
+    )
     table = pd.read_parquet(folder / "metrics/predictions.parquet")
     assert list(table.columns) == ["index", "label", "predicted", *model.classes]
     assert table["index"].tolist() == list(range(TEST_SIZE))

@@ -158,11 +158,11 @@ Plain = LeNet
 class LeNet(Plain):
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.input_norm, self.dropout = nn.BatchNorm1d(1), nn.Dropout(0.2)
+        self.added_norm, self.added_dropout = nn.BatchNorm1d(1), nn.Dropout(0.2)
 
     def forward(self, images):
         pixels = images.flatten(1).unsqueeze(1).float()  # of images in grey or in colour
-        return super().forward(self.dropout(self.input_norm(pixels)).view(images.shape))
+        return super().forward(self.added_dropout(self.added_norm(pixels)).view(images.shape))
 """
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from support.commands import environment
+from support.data import SHAPE
 from support.project import Project, copy
 from support.store import Store
 
@@ -177,6 +178,20 @@ def ask(process: subprocess.Popen[bytes], port: int, images: np.ndarray) -> list
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
+
+
+def test_a_signature_of_another_shape_is_named(finished_project: Project, tmp_path: Path) -> None:
+    project, picture = copy(finished_project, tmp_path), tmp_path / "picture.png"
+    text = (project.folder / "dvc.yaml").read_text()
+    (project.folder / "dvc.yaml").write_text(text.replace(json.dumps([-1, *SHAPE]), "[-1, 20, 24]"))
+    for path in project.folder.glob("mlflow.db*"):
+        path.unlink()
+    project.command("sync")
+    promote(project)
+    Image.new("L", (20, 24)).save(picture)
+    failed = project.command("predict", "--model", CHAMPION, str(picture), check=False)
+    assert "cannot classify images (20, 24), the shape of its signature in dvc.yaml: " in failed.stderr
+    assert "defect" not in failed.stderr
 
 
 def test_predict_uses_the_promoted_model(promoted_project: Project, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_each_stage_has_a_finished_run_with_what_dvc_lock_records(
         }
         assert recorded == {entry["path"]: entry["md5"] for entry in locked[kind]}
     params = {key: value for key, value in run.data.params.items() if key.startswith(f"{stage}.")}
-    expected = flatten(locked["params"]["params.yaml"])
+    expected = flatten(locked.get("params", {}).get("params.yaml", {}))
     assert params == {key: value if isinstance(value, str) else json.dumps(value) for key, value in expected.items()}
     commits = finished_project.run("git", "rev-list", "HEAD").stdout.split()
     assert (tags["mlflow.source.git.commit"], tags["git.dirty"]) == (commits[1], "false")
