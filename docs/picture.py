@@ -59,8 +59,11 @@ def main() -> None:
     console.print(PIPELINE, highlight=False)
     for command, beginnings in COMMANDS:
         console.print(Text(f"$ {command}", style="bold green"))
+        words = command.split()
         environment = os.environ | {"COLUMNS": str(WIDTH), "FORCE_COLOR": "1" if not beginnings else ""}
-        ended = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True)
+        if beginnings:
+            words.append("--no-run-cache")  # what DVC has run before would print nothing
+        ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if ended.returncode not in (0, WORSE):
             sys.exit(f"error: {command} failed:\n{ended.stdout}{ended.stderr}")
         lines = ended.stdout.splitlines()
