@@ -93,6 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "lineage" and arguments.restore and arguments.restore.exists():
         sys.exit(f"error: expected a new folder for --restore, found {arguments.restore}; name another")
+    if arguments.command == "sync" and arguments.fetch and not (arguments.all or arguments.rev):
+        sys.exit("error: expected --all or --rev with --fetch, found neither; add one")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up
     _do(arguments)
 

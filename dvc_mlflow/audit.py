@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlflow.entities import Run
 
-from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, same, start_of
+from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, is_shown, same, start_of
 from dvc_mlflow.project import Project, Unprovable, matches
 from dvc_mlflow.status import changed_declarations, digest_of
 from dvc_mlflow.store import CLAIM, EXECUTION, PARENT, RunFiles, Store, parent_metrics
@@ -141,6 +141,9 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
         key = name.partition(" ")[2]
         if name.startswith("models"):
             continue
+        restored = one is None and "restored" in run.data.tags
+        if restored and name.startswith("artifacts") and not is_shown(locked or execution, key):
+            continue  # a small out: it need not have been there when sync made the record
         if name.startswith("metrics") and other is None:
             if not any(same(one, value) for value in theirs.get(key, [])):
                 yield _line(name, one, other)

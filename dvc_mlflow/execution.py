@@ -172,7 +172,7 @@ def content_of(execution: Execution, files: Files) -> Content:
         }
         for key, value in values.items():
             name = valid_name(f"{path}:{key}" if key in others else key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if is_number(value):
                 metrics[name] = stored(value)
             else:
                 tags[name] = valid_value(value if isinstance(value, str) else json.dumps(value, default=str))
@@ -196,7 +196,7 @@ def content_of(execution: Execution, files: Files) -> Content:
     for path, digest in leaves.items():
         if any(inside(path, one) for one in kept):
             continue
-        shown = path in declared.metrics or any(inside(path, one) for one in declared.plots)
+        shown = is_shown(execution, path)
         if digest.endswith(".dir"):
             continue
         if files.find(path, digest, None if shown else SMALL_BYTES):
@@ -210,10 +210,26 @@ def content_of(execution: Execution, files: Files) -> Content:
     )
 
 
+def is_shown(execution: Execution, path: str) -> bool:
+    """Whether the file is declared as metrics or plots: then the record has it, whatever its size."""
+    declared = execution.declared
+    return path in declared.metrics or any(inside(path, one) for one in declared.plots)
+
+
 def metric_names(execution: Execution, files: Files) -> list[str]:
-    """The names of the values in the declared metrics files, nested keys joined by dots. Raises MissingBytes."""
+    """The names of the numbers in the declared metrics files, nested keys joined by dots. Raises MissingBytes."""
     leaves = _leaves(execution, files)
-    return [valid_name(key) for path in execution.declared.metrics for key in _read_metrics(path, files, leaves)[0]]
+    return [
+        valid_name(key)
+        for path in execution.declared.metrics
+        for key, value in _read_metrics(path, files, leaves)[0].items()
+        if is_number(value)
+    ]
+
+
+def is_number(value: object) -> bool:
+    """Whether MLflow can show it as a metric; a bool is a tag."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _digest(execution: Execution, path: str, files: Files) -> str:
@@ -329,7 +345,7 @@ def _read_metrics(path: str, files: Files, leaves: Mapping[str, str]) -> tuple[d
         raise
     except Exception as error:  # a parser may raise anything on arbitrary input
         return {}, f"{path}: expected metrics, found something else ({type(error).__name__}); no metrics shown"
-    if isinstance(values, int | float) and not isinstance(values, bool):
+    if is_number(values):
         values = {PurePosixPath(path).stem: values}
     if not isinstance(values, dict):
         return {}, f"{path}: expected a mapping of names to numbers, found {type(values).__name__}; no metrics shown"

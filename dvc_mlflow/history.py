@@ -140,7 +140,7 @@ class History:
         except (Unprovable, MissingBytes) as error:
             of_baseline = (*key[:2], None) in self._failures
             if not of_baseline and key not in self._done and not self._store.find_alone(alone):
-                self._failures.setdefault(key, (_reason(error), there.commit))
+                self._failures.setdefault(key, (_reason(error, bool(self._known.remotes)), there.commit))
             return {str(error)} if isinstance(error, MissingBytes) else set()
         for problem in self._store.problems:
             self._problems.setdefault(f"{address}: {problem}", []).append(there.commit)
@@ -247,7 +247,7 @@ def _remotes(project: Project) -> tuple[Any, ...]:
     try:
         return tuple(project.repo.cloud.get_remote_odb(None, "fetch", kind) for kind in ("md5", "md5-dos2unix"))
     except DvcException as error:
-        raise UserError(f"expected a DVC remote for --fetch, found none: {one_line(error)}") from None
+        raise UserError(f"expected a DVC remote for --fetch, found none that can be used: {one_line(error)}") from None
 
 
 def _present(project: Project, revs: Iterable[str]) -> list[str]:
@@ -256,9 +256,10 @@ def _present(project: Project, revs: Iterable[str]) -> list[str]:
     return [line.split()[0] for line in found.splitlines() if line.endswith(" commit")]
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, fetch: bool) -> str:
     if isinstance(error, MissingBytes):
-        return f"{error} as recorded is neither in git nor in DVC's cache; --fetch asks the remote"
+        rest = ", nor in the remote" if fetch else "; --fetch asks the remote"
+        return f"{error} as recorded is neither in git nor in DVC's cache{rest}"
     return describe(error)
 
 

@@ -14,7 +14,7 @@ from dvc.utils.serialize import PARSERS
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from dvc_mlflow.execution import flatten
+from dvc_mlflow.execution import flatten, is_number
 from dvc_mlflow.project import Project, plot_files
 
 MODELS = (".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".pkl", ".pickle", ".joblib", ".h5", ".keras")
@@ -105,7 +105,7 @@ def _is_metrics(file: Path) -> bool:
     if not isinstance(values, dict):
         return False
     leaves = flatten({str(key): value for key, value in values.items()}).values()
-    numbers = [one for one in leaves if isinstance(one, int | float) and not isinstance(one, bool)]
+    numbers = [one for one in leaves if is_number(one)]
     return 0 < len(leaves) <= 2 * len(numbers)
 
 

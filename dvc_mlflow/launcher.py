@@ -5,6 +5,7 @@ does its own imports. The launcher forwards its signals to the command, and exit
 is killed, so is the command (on Linux), and the recorder closes the run as KILLED.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -55,7 +56,8 @@ def run(command: Sequence[str]) -> NoReturn:
     if strict and not recorded and code == 0:
         sys.exit("error: MLflow has not recorded this run, and TRACKING_STRICT is set")
     if code < 0:  # killed by a signal: the parent must see that
-        signal.signal(-code, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # of SIGKILL, which is never handled
+            signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
         os.kill(os.getpid(), -code)
     sys.stdout.flush()

@@ -141,13 +141,13 @@ def record(events: Events) -> None:
         end(store, run_id, "FAILED", pid)
         return
     try:
-        problems = store.complete(run_id, execution, curves.logged)
+        store.complete(run_id, execution, curves.logged)
     except Conflict as error:  # the run has steps that these files lack: of an earlier attempt, or rewritten since
         end(store, run_id, "KILLED", pid, tell=False)
         run_id = begin_again(store, execution, experiment, pid, start["time"], git)
-        problems = store.complete(run_id, execution, {})
+        store.complete(run_id, execution, {})
         warn(f"the earlier points of {error} differ from this run's, which gets a row of its own")
-    for problem in problems:
+    for problem in store.problems:
         warn(problem)
     say("complete")
     if not events.next(None):  # the launcher was killed: DVC has not seen the command succeed, and runs it again

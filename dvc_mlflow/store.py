@@ -44,7 +44,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema
 
-from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, named_params, same, start_of
+from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, inside, named_params, same, start_of
 from dvc_mlflow.project import Git, Project, Unprovable, matches
 from dvc_mlflow.text import UserError, one_line, valid_name, valid_value, without_credentials
 
@@ -70,6 +70,10 @@ class Conflict(Exception):  # noqa: N818
     """A run has a point that this execution did not make: a step of an earlier attempt."""
 
 
+class UnusableCode(Exception):  # noqa: N818
+    """The code that serves a model cannot be loaded."""
+
+
 class NoStore(UserError):  # noqa: N818
     """No address is given, and the project has no mlflow.db yet."""
 
@@ -86,7 +90,7 @@ class Store:
         self.known: dict[str, list[Run]] | None = None  # all finished runs by execution, once `know_all` was called
         self._mistaken: set[str] = set()  # the tags of dvc.lock entries that never ran, once `know_all` was called
         self._contents: dict[str, Content] = {}  # of runs completed here
-        self.problems: list[str] = []  # what could not be shown of the executions that `record` recorded
+        self.problems: list[str] = []  # what could not be shown of the executions that were recorded
         address, name = tracking_uri(project), os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment_name(project)
         embedded = not address
         uri = address or sqlite_address(root / "mlflow.db")
@@ -325,8 +329,8 @@ class Store:
         execution: Execution,
         logged: Mapping[str, Mapping[int, float]] | None = None,
         content: Content | None = None,
-    ) -> tuple[str, ...]:
-        """Add the content that the run lacks; `logged` are the points that it has. Returns what cannot be shown.
+    ) -> None:
+        """Add the content that the run lacks; `logged` are the points that it has. `problems` has what cannot be shown.
 
         Raises MissingBytes if bytes are unavailable, and Conflict if the run has points that the files lack.
         """
@@ -347,7 +351,7 @@ class Store:
         if content.datasets.keys() - _datasets(run).keys():
             self._log_datasets(run_id, execution, content)
         self._log_files(run_id, execution, content)
-        model_id = self._log_models(run_id, execution, content)
+        model_id = self._log_models(run, execution, content)
         self._log(
             run_id,
             [*missing, *self._new_metrics(run, content, model_id, now)],
@@ -356,7 +360,7 @@ class Store:
             | _absent_tags(content),
         )
         self._contents = {**dict(list(self._contents.items())[-20:]), run_id: content}
-        return content.problems
+        self.problems += content.problems
 
     def points(self, run: Run, columns: Iterable[str]) -> dict[str, dict[int, float]]:
         """The run's points of these curves, the last one of each step."""
@@ -392,14 +396,11 @@ class Store:
         new = {key: value for key, value in content.metrics.items() if not same(run.data.metrics.get(key), value)}
         return [Metric(key, value, timestamp, 0, **links) for key, value in new.items()]
 
-    def _log_models(self, run_id: str, execution: Execution, content: Content) -> str | None:
+    def _log_models(self, run: Run, execution: Execution, content: Content) -> str | None:
         """Log the models that the execution made; return the id of the last one."""
-        model_id = None
+        run_id, model_id = run.info.run_id, None
         for name, digest in content.models.items():
             path, meta = execution.declared.models[name], execution.declared.model_meta.get(name, {})
-            tags = {f"dvc.outs.{path}": digest, "mlflow.source.name": source_of(execution)}
-            if meta.get("desc"):
-                tags["mlflow.note.content"] = valid_value(str(meta["desc"]))
             existing = self.models_of(run_id, path)
             ready = [model for model in existing if model.status == LoggedModelStatus.READY]
             known = self._model_ids(run_id)
@@ -407,36 +408,48 @@ class Store:
             for model in cut_off:
                 if model.model_id not in known:  # it was cut off before it was linked to the run
                     self.client.delete_logged_model(model.model_id)
-            again = next((model.model_id for model in cut_off if model.model_id in known), None)
             if ready:
                 model_id = ready[-1].model_id
-            elif meta.get("python_model") and (folder := self.project.code_folder(execution, _code_of(meta))):
-                model_id = self._log_served_model(run_id, again, name, path, digest, meta, tags, folder)
-            else:  # the hash alone: DVC has the bytes
-                model_id = again
-                if model_id is None:
-                    model = self.client.create_logged_model(
-                        self.experiment_id, name=valid_model_name(name, digest), source_run_id=run_id, tags=tags
-                    )
-                    model_id = model.model_id
-                    self.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
-                self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+                continue
+            again = next((model.model_id for model in cut_off if model.model_id in known), None)
+            model_id = again or self._create_model(run, execution, content, name)
+            if meta.get("python_model") and (folder := self.project.code_folder(execution, _code_of(meta))):
+                try:
+                    self._add_served_model(None if again else run_id, model_id, path, digest, meta, folder)
+                except UnusableCode as error:
+                    self.problems.append(f"model {name} is recorded without its code: {error}")
+            elif not again:  # the hash alone: DVC has the bytes
+                self.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
+            self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
         return model_id
 
-    def _log_served_model(
-        self,
-        run_id: str,
-        again: str | None,
-        name: str,
-        path: str,
-        digest: str,
-        meta: Mapping[str, Any],
-        tags: dict[str, str],
-        folder: Path,
-    ) -> str:
-        """Log a model with the code in `folder` that `meta` names by the arguments of MLflow's log_model: no pickle.
+    def _create_model(self, run: Run, execution: Execution, content: Content, name: str) -> str:
+        """Create a model in MLflow, which is then to be linked to its run; return its id.
 
-        `again` is the id of the run's model that was cut off, if there is one.
+        MLflow's own log_model would add the commit of the repository that has the running program.
+        """
+        path, digest = execution.declared.models[name], content.models[name]
+        tags = {f"dvc.outs.{path}": digest, "mlflow.source.name": source_of(execution)}
+        for key in ("mlflow.source.type", "mlflow.source.git.commit", "mlflow.user"):
+            if key in run.data.tags:
+                tags[key] = run.data.tags[key]
+        if desc := execution.declared.model_meta.get(name, {}).get("desc"):
+            tags["mlflow.note.content"] = valid_value(str(desc))
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            name=valid_model_name(name, digest),
+            source_run_id=run.info.run_id,
+            tags=tags,
+            params=run.data.params,
+        )
+        return model.model_id
+
+    def _add_served_model(
+        self, run_id: str | None, model_id: str, path: str, digest: str, meta: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Add to a model its bytes and the code in `folder` that `meta` names by the arguments of log_model: no pickle.
+
+        `run_id` is given if the model is not linked to its run yet. Raises UnusableCode if MLflow cannot load the code.
         """
         found = self.project.find(path, digest)
         if found is None:
@@ -446,15 +459,14 @@ class Store:
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(shutil.copyfile(found, Path(scratch) / Path(path).name))
             # mlflow.pyfunc.log_model needs an active run, which MLflow marks FINISHED whenever Python exits.
-            info = Model.log(
+            Model.log(
                 artifact_path=None,
                 flavor=SimpleNamespace(save_model=_save_model),
-                run_id=None if again else run_id,  # a run cannot have the same model twice
-                model_id=again,
-                name=valid_model_name(name, digest),
+                run_id=run_id,  # a run cannot have the same model twice
+                model_id=model_id,
                 python_model=str(folder / meta["python_model"]),
                 artifacts={"model": copy.as_uri()},  # MLflow unquotes a path
-                code_paths=[str(folder / code) for code in meta.get("code_paths", [])] or None,
+                code_paths=[str(folder / code) for code in meta.get("code_paths") or []] or None,
                 signature=signature
                 and ModelSignature(
                     **{
@@ -465,9 +477,7 @@ class Store:
                 ),
                 validate_serving_input=False,
                 pip_requirements=[_pinned(package) for package in meta.get("pip_requirements", ["mlflow"])],
-                tags=tags,
             )
-        return info.model_id
 
     def models_of(self, run_id: str, path: str) -> list[Any]:
         """The run's logged models for a path."""
@@ -606,7 +616,6 @@ class Store:
             if self._is_mistaken(one):
                 raise Unprovable(mistaken(one))
         content = content_of(execution, self.project)  # before there is a run: raises MissingBytes
-        self.problems += content.problems
         with interrupts_held():
             return self._make(execution, experiment, content), True
 
@@ -1032,8 +1041,27 @@ def _end_time(run: Run) -> int:
 
 
 def _save_model(validate_serving_input: bool, **arguments: Any) -> None:
-    """Pyfunc's save_model. Only Model.log reads the flag: serving an example here would import the model's code."""
-    mlflow.pyfunc.save_model(**arguments)
+    """Pyfunc's save_model, which runs the model's code. Raises UnusableCode if that fails.
+
+    Its code_paths can be imported meanwhile, as they can when the model is loaded. Only Model.log reads the flag:
+    serving an example here would import the model's code.
+    """
+    code = arguments["code_paths"] or []
+    folders = list(dict.fromkeys(str(Path(path).parent) for path in code))
+    modules = {*sys.modules}
+    sys.path[:0] = folders
+    try:
+        mlflow.pyfunc.save_model(**arguments)
+    except (Exception, SystemExit) as error:  # it is the user's code
+        name, cause = Path(arguments["python_model"]).name, error.__cause__ or error  # MLflow wraps it
+        raise UnusableCode(f"{name} cannot be loaded ({type(cause).__name__}: {one_line(cause)})") from error
+    finally:
+        sys.path[: len(folders)] = []
+        for name in sys.modules.keys() - modules:  # another commit has other code
+            module = sys.modules[name]
+            places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", [])]
+            if any(inside(place, path) for place in places for path in code):
+                del sys.modules[name]
 
 
 def _code_of(meta: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, metric_names
 from dvc_mlflow.project import Unprovable
 from dvc_mlflow.store import PARENT, Store, parent_metrics
-from dvc_mlflow.text import VALUE_LENGTH
+from dvc_mlflow.text import VALUE_LENGTH, valid_name
 
 VIEW = "dvc-mlflow"  # the key of the saved view
 NOT_CHILDREN = f"tags.`{PARENT}` IS NULL"
@@ -129,7 +129,7 @@ def _shown(store: Store, execution: Execution) -> dict[str, str]:
     return {
         name: one
         for name in names
-        for one in (name, f"{execution.declared.prefix or execution.stage}.{name}")
+        for one in (name, valid_name(f"{execution.declared.prefix or execution.stage}.{name}"))
         if one in shown
     }
 

@@ -227,6 +227,84 @@ def test_the_view_shows_the_best_run_first_if_the_metrics_files_are_gone(named: 
     )
 
 
+def test_the_view_sorts_by_the_metric_of_a_family_and_leaves_text_out(named: Pipeline) -> None:
+    text = PIPELINE.format(prefix="")
+    family = """
+  score:
+    foreach: [a]
+    do:
+      cmd: "(echo cost: 1; echo note: fine) > ${item}.yaml"
+      deps: [model.txt]
+      metrics: ["${item}.yaml"]
+      meta: {minimize: cost}
+  other:
+    cmd: "echo cost: 2 > other.yaml"
+    deps: [model.txt]
+    metrics: [other.yaml]
+artifacts:"""
+    head, _, rest = text.partition("\n  score:")
+    named.write("dvc.yaml", head + family + rest.partition("artifacts:")[2])
+    named.run("dvc", "repro")
+    named.run("dvc-mlflow", "sync")
+    shown = view(MLflowStore(DVCProject(named.folder)), 20)
+    (fit,) = [run for run in named.runs() if run.data.tags["stage"] == "fit"]
+    (best,) = [name for name in fit.data.metrics if name.startswith("score_a.cost")]
+    assert (shown["orderByKey"], shown["orderByAsc"]) == (f"metrics.`{best}`", True)
+    assert shown["selectedColumns"] == [f"metrics.`{best}`", "metrics.`other.cost`"]
+
+
+SERVING = """
+import mlflow
+{imported}
+class Model(mlflow.pyfunc.PythonModel):
+    def predict(self, model_input: list[str]) -> list[str]:
+        return [helper.answer()]
+mlflow.models.set_model(Model())
+"""
+
+
+def test_code_that_serves_a_model_is_imported_as_when_it_is_loaded(named: Pipeline) -> None:
+    net, answers = "net: {path: model.txt, type: model", {"2": "two", "3": "three"}
+    served = f"{net}, meta: {{python_model: serve.py, code_paths: [lib/helper]}}"
+    named.write("dvc.yaml", PIPELINE.format(prefix="").replace(net, served))
+    for rate in "123":
+        named.write("serve.py", SERVING.format(imported="import helper" if rate in answers else "import nosuch"))
+        named.write("lib/helper/__init__.py", f"def answer():\n    return '{answers.get(rate)}'\n")
+        named.set(rate=int(rate))
+        named.run("dvc", "repro")
+        named.commit()
+    said = named.run("dvc-mlflow", "sync", "--all")
+    assert "fit: model net is recorded without its code: serve.py cannot be loaded (ModuleNotFoundError: No mod" in said
+    named.run("dvc-mlflow", "audit", "--all")
+    store = f"sqlite:///{named.folder}/mlflow.db"
+    client = mlflow.MlflowClient(store)
+    fits = {run.info.run_id: run for run in named.runs() if run.data.tags["stage"] == "fit"}
+    models = client.search_logged_models([named.runs()[0].info.experiment_id])
+    assert sorted(fits[str(model.source_run_id)].data.params["rate"] for model in models) == ["1", "2", "3"]
+    for model in models:
+        fit = fits[str(model.source_run_id)]
+        assert (fit.info.status, model.status) == ("FINISHED", "READY")
+        git = {key: value for key, value in model.tags.items() if ".git." in key}
+        assert git == {"mlflow.source.git.commit": fit.data.tags["commit"]}
+        if answer := answers.get(fit.data.params["rate"]):
+            program = "import mlflow, sys; print(mlflow.pyfunc.load_model(sys.argv[1]).predict(['x']))"
+            assert answer in named.run("python", "-c", program, model.model_uri, MLFLOW_TRACKING_URI=store)
+
+
+def test_a_small_out_that_was_absent_when_its_record_was_made_is_no_difference(pipeline: Pipeline) -> None:
+    pipeline.write("dvc.yaml", PIPELINE.format(prefix="").replace("outs: [model.txt]", "outs: [model.txt, fit.log]"))
+    pipeline.write("fit.sh", f"{FIT}\necho fitted > fit.log")
+    pipeline.run("dvc", "repro")
+    log = pipeline.folder / "fit.log"
+    cached = pipeline.folder / ".dvc/cache/files/md5" / md5(log)[:2] / md5(log)[2:]
+    kept = cached.rename(pipeline.folder / "kept")
+    log.unlink()
+    pipeline.run("dvc-mlflow", "sync")
+    kept.rename(cached)
+    pipeline.run("dvc", "checkout", "-q")
+    pipeline.run("dvc-mlflow", "audit")
+
+
 def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeline: Pipeline) -> None:
     """DVC's run cache ignores params that are named like its own fields."""
     text = (pipeline.folder / "dvc.yaml").read_text()
@@ -359,9 +437,9 @@ def words(process: psutil.Process) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -TERM $$", -15)])
+@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -TERM $$", -15), ("kill -KILL $$", -9)])
 def test_the_launcher_ends_as_its_command_does(live: Pipeline, command: str, code: int) -> None:
-    status = {7: "FAILED", -15: "KILLED"}[code]
+    status = "FAILED" if code > 0 else "KILLED"
     live.run("dvc-mlflow", "run", "sh", "-c", command, code=code, DVC_STAGE="fit")
     assert [run.info.status for run in live.runs()] == [status]
 

@@ -241,7 +241,9 @@ def test_bytes_come_from_git_and_the_remote_if_the_cache_is_empty(repository: Re
 
 
 def test_fetching_without_a_remote_is_refused_in_one_line(repository: Repository) -> None:
-    assert "error: expected a DVC remote for --fetch, found none: " in repository.sync("--all", "--fetch", code=1)
+    assert "error: expected a DVC remote for --fetch, found none that can be used: " in repository.sync(
+        "--all", "--fetch", code=1
+    )
     assert repository.runs() == []
 
 
