@@ -163,7 +163,9 @@ def _sync(store: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, bool
     if arguments.all or arguments.rev:
         yield from sync_history(store, arguments.rev, arguments.fetch)
     if not arguments.rev:
-        yield from sync(store)
+        for line, failure in sync(store):
+            if not (arguments.all and line.endswith(": recorded before")):  # it has just said how many
+                yield line, failure
 
 
 if __name__ == "__main__":

@@ -358,7 +358,9 @@ def test_a_project_in_a_subfolder_that_came_later_is_recorded(tmp_path: Path) ->
     inner.commit()
     inner.write(".gitignore", "/out\n/mlflow.db*\n/mlartifacts\n")
     inner.commit()
-    assert "4 commits and 0 experiments: 2 executions recorded" in inner.sync()
+    said = inner.sync()
+    assert "4 commits and 0 experiments: 2 executions recorded" in said
+    assert "recorded before" not in said
     assert sorted(run.data.params["n"] for run in inner.runs()) == ["1", "2"]
 
 
