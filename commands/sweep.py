@@ -21,7 +21,6 @@ import json
 import math
 import re
 import sys
-import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -519,7 +518,7 @@ def grid(space: "Mapping[str, BaseDistribution]") -> Iterator[dict[str, Any]]:
 
 def _plain(value: Any) -> str:
     text = " ".join(value) if isinstance(value, list) else str(value)
-    return textwrap.shorten(text, 60, placeholder=" …") or "none"
+    return (text if len(text) <= 60 else f"{text[:58]} …") or "none"
 
 
 if __name__ == "__main__":

@@ -300,12 +300,11 @@ class Cluster:
         import ray
 
         new: Any = {"include_dashboard": False, "object_store_memory": 100 << 20} if not self.remote else {}
-        with _kept_errors() as kept:  # Ray writes the same line each second
+        with _kept_errors() as kept:  # Ray writes the same line each second, and nothing if all is well
             try:
                 ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **new)
             except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                kept.seek(0)
-                if b"InvalidAuthToken" in kept.read():
+                if isinstance(error, ray.exceptions.AuthenticationError) or b"InvalidAuthToken" in kept.read():
                     sys.exit(
                         f"error: expected the token of the Ray cluster at {address}, found another one or none; copy "
                         "~/.ray/auth_token from the machine of `ray start --head`"
@@ -419,7 +418,7 @@ def _check_answers(address: str) -> None:
 
 
 def _choose_token(address: str) -> None:
-    """Let Ray authenticate as `ray start` does: by this machine's token, if it has one.
+    """Let Ray authenticate as `ray start --head` does: by this machine's token, if it has one.
 
     A cluster that ends with the command has a token of its own: Ray would write one to ~/.ray, and any later
     `ray start` would ask for it.
@@ -434,10 +433,10 @@ def _choose_token(address: str) -> None:
 
 @contextlib.contextmanager
 def _kept_errors() -> Iterator[IO[bytes]]:
-    """Keep in a file what is written to standard error, by compiled code, too."""
-    with tempfile.TemporaryFile() as kept:
+    """Keep in a file what is written to standard error, by compiled code, too; yield a reader of that file."""
+    with tempfile.NamedTemporaryFile() as file, Path(file.name).open("rb") as kept:
         shown = os.dup(2)
-        os.dup2(kept.fileno(), 2)
+        os.dup2(file.fileno(), 2)
         try:
             yield kept
         finally:

@@ -164,7 +164,7 @@ def _sync(store: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, bool
         yield from sync_history(store, arguments.rev, arguments.fetch)
     if not arguments.rev:
         for line, failure in sync(store):
-            if not (arguments.all and line.endswith(": recorded before")):  # it has just said how many
+            if not (arguments.all and line.endswith(": recorded before")):  # it has counted those
                 yield line, failure
 
 

@@ -11,7 +11,7 @@ from mlflow.entities import Run
 from dvc_mlflow.execution import Execution, MissingBytes, content_of, differences, is_shown, same, start_of
 from dvc_mlflow.project import Project, Unprovable, matches
 from dvc_mlflow.status import changed_declarations, digest_of
-from dvc_mlflow.store import CLAIM, EXECUTION, PARENT, RunFiles, Store, parent_metrics
+from dvc_mlflow.store import CLAIM, EXECUTION, PARENT, PARTIAL, RunFiles, Store, parent_metrics
 
 
 def audit_store(store: Store, everything: bool = False) -> Iterator[str]:
@@ -141,9 +141,9 @@ def audit_run(store: Store, run: Run, locked: Execution | None) -> Iterator[str]
         key = name.partition(" ")[2]
         if name.startswith("models"):
             continue
-        restored = one is None and "restored" in run.data.tags
-        if restored and name.startswith("artifacts") and not is_shown(locked or execution, key):
-            continue  # a small out: it need not have been there when sync made the record
+        partial = one is None and PARTIAL in run.data.tags
+        if partial and name.startswith("artifacts") and not is_shown(locked or execution, key):
+            continue  # a small out that was not there when the record was made
         if name.startswith("metrics") and other is None:
             if not any(same(one, value) for value in theirs.get(key, [])):
                 yield _line(name, one, other)

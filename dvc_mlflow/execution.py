@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -119,6 +120,7 @@ class Content:
     artifacts: Mapping[str, str] = field(default_factory=dict)  # path: hash
     models: Mapping[str, str] = field(default_factory=dict)  # name: hash
     absent: tuple[str, ...] = ()  # plots without numbers, such as images, that cannot be had
+    partial: bool = False  # whether other outs cannot be had that may be small
     problems: tuple[str, ...] = ()  # what cannot be shown, one line each
 
 
@@ -127,6 +129,9 @@ class Files(Protocol):
 
     def find(self, path: str, digest: str, most: int | None = None) -> Path | None:
         """A local copy of a file with this hash, of at most `most` bytes; None if there is none."""
+
+    def is_larger(self, path: str, digest: str, size: int) -> bool:
+        """Whether there is a local copy of more than `size` bytes, of whatever hash."""
 
     def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
         """The hashes of the files in a directory, by path relative to it; None if unavailable."""
@@ -164,18 +169,12 @@ def content_of(execution: Execution, files: Files) -> Content:
     leaves, problems = _leaves(execution, files), list[str]()
     metrics: dict[str, float] = {}
     tags = dict(start.tags)
-    keys = [_read_metrics(path, files, leaves) for path in declared.metrics]
-    for path, (values, problem) in zip(declared.metrics, keys, strict=True):
-        problems += [problem] if problem else []
-        others = {
-            key for other, (found, _) in zip(declared.metrics, keys, strict=True) if other != path for key in found
-        }
-        for key, value in values.items():
-            name = valid_name(f"{path}:{key}" if key in others else key)
-            if is_number(value):
-                metrics[name] = stored(value)
-            else:
-                tags[name] = valid_value(value if isinstance(value, str) else json.dumps(value, default=str))
+    values = _named_metrics(execution, files, leaves, problems)
+    for name, (_, value) in values.items():
+        if is_number(value):
+            metrics[name] = stored(value)
+        else:
+            tags[name] = valid_value(value if isinstance(value, str) else json.dumps(value, default=str))
     curves: dict[str, dict[int, float]] = {}
     for plot in declared.curves:
         for table in tables(plot, leaves):
@@ -192,12 +191,13 @@ def content_of(execution: Execution, files: Files) -> Content:
     tags["dvc.execution"] = execution.id
     models = {name: leaves[path] for name, path in declared.models.items() if path in leaves}
     kept = {*declared.models.values(), *declared.datasets.values()}
-    artifacts, absent = {}, []
+    artifacts, absent, partial = {}, [], False
     for path, digest in leaves.items():
         if any(inside(path, one) for one in kept):
             continue
         shown = is_shown(execution, path)
         if digest.endswith(".dir"):
+            partial = partial or files.entries(path, digest) is None
             continue
         if files.find(path, digest, None if shown else SMALL_BYTES):
             artifacts[path] = digest
@@ -205,8 +205,10 @@ def content_of(execution: Execution, files: Files) -> Content:
             raise MissingBytes(path)
         elif shown:
             absent.append(path)
+        else:
+            partial = partial or not files.is_larger(path, digest, SMALL_BYTES)
     return Content(
-        start.params, tags, start.datasets, metrics, curves, artifacts, models, tuple(absent), tuple(problems)
+        start.params, tags, start.datasets, metrics, curves, artifacts, models, tuple(absent), partial, tuple(problems)
     )
 
 
@@ -216,15 +218,27 @@ def is_shown(execution: Execution, path: str) -> bool:
     return path in declared.metrics or any(inside(path, one) for one in declared.plots)
 
 
-def metric_names(execution: Execution, files: Files) -> list[str]:
-    """The names of the numbers in the declared metrics files, nested keys joined by dots. Raises MissingBytes."""
-    leaves = _leaves(execution, files)
-    return [
-        valid_name(key)
-        for path in execution.declared.metrics
-        for key, value in _read_metrics(path, files, leaves)[0].items()
-        if is_number(value)
-    ]
+def metric_keys(execution: Execution, files: Files) -> dict[str, str]:
+    """The keys of the numbers in the declared metrics files, by their names in MLflow. Raises MissingBytes."""
+    values = _named_metrics(execution, files, _leaves(execution, files), [])
+    return {name: key for name, (key, value) in values.items() if is_number(value)}
+
+
+def _named_metrics(
+    execution: Execution, files: Files, leaves: Mapping[str, str], problems: list[str]
+) -> dict[str, tuple[str, Any]]:
+    """The values in the declared metrics files, nested keys joined by dots: key and value, by the name in MLflow.
+
+    A key that two files have gets the file's name. Adds to `problems` what cannot be read; raises MissingBytes.
+    """
+    read = {path: _read_metrics(path, files, leaves) for path in execution.declared.metrics}
+    problems += [problem for _, problem in read.values() if problem]
+    times = Counter(key for values, _ in read.values() for key in values)
+    return {
+        valid_name(f"{path}:{key}" if times[key] > 1 else key): (key, value)
+        for path, (values, _) in read.items()
+        for key, value in values.items()
+    }
 
 
 def is_number(value: object) -> bool:

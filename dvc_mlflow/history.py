@@ -138,6 +138,7 @@ class History:
                 _, made = self._store.record(found, experiment)
                 self.made += made
         except (Unprovable, MissingBytes) as error:
+            self._store.problems.clear()
             of_baseline = (*key[:2], None) in self._failures
             if not of_baseline and key not in self._done and not self._store.find_alone(alone):
                 self._failures.setdefault(key, (_reason(error, bool(self._known.remotes)), there.commit))

@@ -431,6 +431,10 @@ class Project:
                 return file
         return None
 
+    def is_larger(self, path: str, digest: str, size: int) -> bool:
+        """Whether there is a local copy of more than `size` bytes, of whatever hash."""
+        return any(file.exists() and file.stat().st_size > size for file in self._copies(path, digest))
+
     def _copies(self, path: str, digest: str) -> Iterator[Path]:
         if not urlparse(path).scheme:
             yield self.folder / path

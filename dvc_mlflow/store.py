@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -44,7 +44,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema
 
-from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, inside, named_params, same, start_of
+from dvc_mlflow.execution import Content, Execution, MissingBytes, content_of, named_params, same, start_of
 from dvc_mlflow.project import Git, Project, Unprovable, matches
 from dvc_mlflow.text import UserError, one_line, valid_name, valid_value, without_credentials
 
@@ -59,6 +59,7 @@ PATCH = "code.patch"  # the artifact of a run from a dirty tree
 EXECUTION = "execution.json"  # the artifact with the execution itself
 CLAIM = "dvc.execution"  # the tag that names the execution a run shows
 MISTAKEN = "dvc.mistaken."  # and the hash of a dvc.lock entry that never ran: a tag of the run that did
+PARTIAL = "dvc.partial"  # the tag of a run that may lack small outs, which could not be had when it was recorded
 ABSENT = "dvc.absent."  # and the path of an image that could not be had when the run was recorded: sync adds it later
 RESERVED = r"(dvc|mlflow|git|process|version|hardware)\.|(stage|restored|resumed|commit)$"  # tags that are set here
 PARENT = "mlflow.parentRunId"
@@ -440,7 +441,7 @@ class Store:
             name=valid_model_name(name, digest),
             source_run_id=run.info.run_id,
             tags=tags,
-            params=run.data.params,
+            params=dict(content.params),
         )
         return model.model_id
 
@@ -620,8 +621,9 @@ class Store:
             return self._make(execution, experiment, content), True
 
     def _add_absent(self, run: Run, execution: Execution) -> None:
-        """Add the images that could not be had when the run was recorded, if they can now."""
-        if not (before := _absent(run)):
+        """Add the images and small outs that could not be had when the run was recorded, if they can now."""
+        before = _absent(run) | ({PARTIAL} & run.data.tags.keys())
+        if not before:
             return
         with contextlib.suppress(MissingBytes):
             content = content_of(execution, self.project)
@@ -776,6 +778,10 @@ class RunFiles:
         """The artifact at this path if it has this hash."""
         file = Path(self._folder.name) / path
         return file if matches(file, digest) and (most is None or file.stat().st_size <= most) else None
+
+    def is_larger(self, path: str, digest: str, size: int) -> bool:
+        """Whether the file has more bytes than that: what is no artifact may."""
+        return True
 
     def entries(self, path: str, digest: str) -> Mapping[str, str] | None:
         """The hashes of the files in a directory, as the execution records them."""
@@ -1043,24 +1049,33 @@ def _end_time(run: Run) -> int:
 def _save_model(validate_serving_input: bool, **arguments: Any) -> None:
     """Pyfunc's save_model, which runs the model's code. Raises UnusableCode if that fails.
 
-    Its code_paths can be imported meanwhile, as they can when the model is loaded. Only Model.log reads the flag:
-    serving an example here would import the model's code.
+    Only Model.log reads the flag: serving an example here would import the model's code once more.
     """
-    code = arguments["code_paths"] or []
-    folders = list(dict.fromkeys(str(Path(path).parent) for path in code))
-    modules = {*sys.modules}
-    sys.path[:0] = folders
+    with _importable([Path(path) for path in arguments["code_paths"] or []]):
+        try:
+            mlflow.pyfunc.save_model(**arguments)
+        except MlflowException as error:  # it is of the code or its arguments: nothing has been sent
+            name, cause = Path(arguments["python_model"]).name, error.__cause__ or error
+            raise UnusableCode(f"{name} cannot be loaded ({type(cause).__name__}: {one_line(cause)})") from error
+
+
+@contextlib.contextmanager
+def _importable(code: Sequence[Path]) -> Iterator[None]:
+    """Let the model's code import these files and folders, as it can when the model is loaded.
+
+    Afterwards they are forgotten, since another commit has others. Nothing is written beside them: they may be deps.
+    """
+    paths, modules, writes = [*sys.path], {*sys.modules}, sys.dont_write_bytecode
+    sys.path[:0] = dict.fromkeys(str(path.parent) for path in code)
+    sys.dont_write_bytecode = True
     try:
-        mlflow.pyfunc.save_model(**arguments)
-    except (Exception, SystemExit) as error:  # it is the user's code
-        name, cause = Path(arguments["python_model"]).name, error.__cause__ or error  # MLflow wraps it
-        raise UnusableCode(f"{name} cannot be loaded ({type(cause).__name__}: {one_line(cause)})") from error
+        yield
     finally:
-        sys.path[: len(folders)] = []
-        for name in sys.modules.keys() - modules:  # another commit has other code
-            module = sys.modules[name]
-            places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", [])]
-            if any(inside(place, path) for place in places for path in code):
+        sys.path[:], sys.dont_write_bytecode = paths, writes
+        for name in sys.modules.keys() - modules:
+            spec = getattr(sys.modules[name], "__spec__", None)
+            places = [spec.origin, *(spec.submodule_search_locations or [])] if spec else []
+            if any(Path(place).is_relative_to(one) for place in places if place for one in code):
                 del sys.modules[name]
 
 
@@ -1080,7 +1095,9 @@ def _pinned(package: str) -> str:
 
 
 def _absent_tags(content: Content) -> dict[str, str]:
-    return {valid_name(f"{ABSENT}{path}"): "true" for path in content.absent}
+    """The tags that say what of the content is not there."""
+    partial = {PARTIAL: "true"} if content.partial else {}
+    return {valid_name(f"{ABSENT}{path}"): "true" for path in content.absent} | partial
 
 
 def _absent(run: Run) -> set[str]:

@@ -52,6 +52,7 @@ def record_all(store: Store, project: Project, owners: Owners | None, label: str
                 raise found
             run, made = store.record(found, experiment)
         except (Unprovable, MissingBytes) as error:
+            store.problems.clear()
             alone = project.locked_alone(address)
             if alone and store.find_alone(alone):
                 yield f"{label}{address}: recorded before", False

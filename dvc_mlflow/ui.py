@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 from mlflow.entities import Run
 
-from dvc_mlflow.execution import Execution, MissingBytes, content_of, metric_names
+from dvc_mlflow.execution import Execution, MissingBytes, content_of, metric_keys
 from dvc_mlflow.project import Unprovable
 from dvc_mlflow.store import PARENT, Store, parent_metrics
 from dvc_mlflow.text import VALUE_LENGTH, valid_name
@@ -104,11 +104,11 @@ def columns(store: Store, runs: Sequence[Run]) -> tuple[list[str], tuple[str, bo
         except (MissingBytes, Unprovable):
             continue
         child = execution.maker_of_model() is not None
-        names |= dict.fromkeys(found.values(), 0 if child else 1)
+        names |= dict.fromkeys(found, 0 if child else 1)
         meta = stage.meta if isinstance(stage.meta, Mapping) else {}
         for key, ascending in (("maximize", False), ("minimize", True)):
-            if str(meta.get(key)) in found:
-                said = found[str(meta[key])], ascending
+            for name in (name for name, one in found.items() if one == meta.get(key)):
+                said = name, ascending
     if not names:
         names = dict.fromkeys(sorted({key for run in runs for key in run.data.metrics if "." not in key}), 0)
     best = said or _by_name(names)
@@ -118,17 +118,17 @@ def columns(store: Store, runs: Sequence[Run]) -> tuple[list[str], tuple[str, bo
 
 
 def _shown(store: Store, execution: Execution) -> dict[str, str]:
-    """The metrics of an execution that a table row shows: the name in the row by the name in the file."""
-    names = metric_names(execution, store.project)
+    """The metrics of an execution that a table row shows: the key in the file, by the name in the row."""
+    keys = metric_keys(execution, store.project)
     maker = execution.maker_of_model()
     if maker is None:
-        return {name: name for name in names}
+        return keys
     content = content_of(maker, store.project)
     own = {*content.metrics, *content.curves}
     shown = parent_metrics(execution, content_of(execution, store.project), own)
     return {
-        name: one
-        for name in names
+        one: key
+        for name, key in keys.items()
         for one in (name, valid_name(f"{execution.declared.prefix or execution.stage}.{name}"))
         if one in shown
     }

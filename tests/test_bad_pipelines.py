@@ -233,10 +233,10 @@ def test_the_view_sorts_by_the_metric_of_a_family_and_leaves_text_out(named: Pip
   score:
     foreach: [a]
     do:
-      cmd: "(echo cost: 1; echo note: fine) > ${item}.yaml"
+      cmd: "(echo cost@1: 1; echo note: fine) > ${item}.yaml"
       deps: [model.txt]
       metrics: ["${item}.yaml"]
-      meta: {minimize: cost}
+      meta: {minimize: "cost@1"}
   other:
     cmd: "echo cost: 2 > other.yaml"
     deps: [model.txt]
@@ -254,8 +254,12 @@ artifacts:"""
 
 
 SERVING = """
+import sys, types
 import mlflow
 {imported}
+sys.path.insert(0, "elsewhere")
+sys.modules["odd"] = types.ModuleType("odd")
+sys.modules["odd"].__path__ = object()  # as in torch.classes
 class Model(mlflow.pyfunc.PythonModel):
     def predict(self, model_input: list[str]) -> list[str]:
         return [helper.answer()]
@@ -291,7 +295,7 @@ def test_code_that_serves_a_model_is_imported_as_when_it_is_loaded(named: Pipeli
             assert answer in named.run("python", "-c", program, model.model_uri, MLFLOW_TRACKING_URI=store)
 
 
-def test_a_small_out_that_was_absent_when_its_record_was_made_is_no_difference(pipeline: Pipeline) -> None:
+def test_a_small_out_that_was_absent_is_no_difference_and_is_added_later(pipeline: Pipeline) -> None:
     pipeline.write("dvc.yaml", PIPELINE.format(prefix="").replace("outs: [model.txt]", "outs: [model.txt, fit.log]"))
     pipeline.write("fit.sh", f"{FIT}\necho fitted > fit.log")
     pipeline.run("dvc", "repro")
@@ -303,6 +307,12 @@ def test_a_small_out_that_was_absent_when_its_record_was_made_is_no_difference(p
     kept.rename(cached)
     pipeline.run("dvc", "checkout", "-q")
     pipeline.run("dvc-mlflow", "audit")
+    pipeline.run("dvc-mlflow", "sync")
+    (fit,) = [run for run in pipeline.runs() if run.data.tags["stage"] == "fit"]
+    assert "dvc.partial" not in fit.data.tags
+    artifact = pipeline.folder / "mlartifacts" / fit.info.run_id / "artifacts/fit.log"
+    artifact.unlink()
+    assert "artifacts fit.log: MLflow does not have it" in pipeline.run("dvc-mlflow", "audit", code=1)
 
 
 def test_outs_that_dvc_took_from_a_run_with_another_size_are_not_recorded(pipeline: Pipeline) -> None:
