@@ -66,6 +66,8 @@ Trace a run back to its bytes, and bytes to their runs.
 def main() -> None:
     """Run the command line; a failure prints one line and exits non-zero."""
     if sys.argv[1:2] == ["run"] and len(sys.argv) > 2 and sys.argv[2] not in ("-h", "--help"):
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it imports ends it without a traceback
         from dvc_mlflow.launcher import run
 
         run(sys.argv[3 if sys.argv[2] == "--" else 2 :])

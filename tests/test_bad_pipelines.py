@@ -447,6 +447,11 @@ def words(process: psutil.Process) -> list[str]:
     return []
 
 
+def test_a_launcher_that_ignores_ctrl_c_starts_its_command_so(live: Pipeline) -> None:
+    ignores = "trap '' INT; exec dvc-mlflow run sh -c 'kill -INT $$; echo went on'"
+    assert "went on" in live.run("sh", "-c", ignores, code=None, DVC_STAGE="fit")
+
+
 @pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -TERM $$", -15), ("kill -KILL $$", -9)])
 def test_the_launcher_ends_as_its_command_does(live: Pipeline, command: str, code: int) -> None:
     status = "FAILED" if code > 0 else "KILLED"
