@@ -253,16 +253,15 @@ def find_metric(path: str, key: str, text: str) -> float:
     """The value in the text of a metrics file. Raises UserError if it has no such number."""
     from dvc.utils.serialize import PARSERS
 
-    from dvc_mlflow.execution import flatten
+    from dvc_mlflow.execution import flatten, is_number
     from dvc_mlflow.text import UserError
 
     values = flatten(PARSERS[Path(path).suffix](text, path))
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        numbers = [name for name, one in values.items() if isinstance(one, int | float) and not isinstance(one, bool)]
-        found = ", ".join(numbers[:8]) or "none"
+    numbers = {name: value for name, value in values.items() if is_number(value)}
+    if key not in numbers:
+        found = ", ".join([*numbers][:8]) or "none"
         raise UserError(f"expected a number {key} in {path}, found {found}; see --metric")
-    return float(value)
+    return float(numbers[key])
 
 
 # The search

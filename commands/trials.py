@@ -427,7 +427,9 @@ def _choose_token(address: str) -> None:
         return
     if address == "local":
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ} or Path("~/.ray/auth_token").expanduser().exists():
+    elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or Path(
+        "~/.ray/auth_token"
+    ).expanduser().exists():
         os.environ["RAY_AUTH_MODE"] = "token"
 
 

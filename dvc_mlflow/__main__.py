@@ -165,9 +165,7 @@ def _sync(store: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, bool
     if arguments.all or arguments.rev:
         yield from sync_history(store, arguments.rev, arguments.fetch)
     if not arguments.rev:
-        for line, failure in sync(store):
-            if not (arguments.all and line.endswith(": recorded before")):  # it has counted those
-                yield line, failure
+        yield from sync(store, brief=arguments.all)  # which has counted what was recorded before
 
 
 if __name__ == "__main__":

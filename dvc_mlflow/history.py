@@ -137,15 +137,13 @@ class History:
             if self._store.lacks(found, experiment):
                 _, made = self._store.record(found, experiment)
                 self.made += made
+                for problem in self._store.problems:
+                    self._problems.setdefault(f"{address}: {problem}", []).append(there.commit)
         except (Unprovable, MissingBytes) as error:
-            self._store.problems.clear()
             of_baseline = (*key[:2], None) in self._failures
             if not of_baseline and key not in self._done and not self._store.find_alone(alone):
                 self._failures.setdefault(key, (_reason(error, bool(self._known.remotes)), there.commit))
             return {str(error)} if isinstance(error, MissingBytes) else set()
-        for problem in self._store.problems:
-            self._problems.setdefault(f"{address}: {problem}", []).append(there.commit)
-        self._store.problems.clear()
         self._done.add((address, found.id, experiment))
         self._failures.pop(key, None)
         return set()

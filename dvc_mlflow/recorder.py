@@ -116,7 +116,6 @@ def record(events: Events) -> None:
         locked = project.locked(other.stage)
         if locked and not store.find(locked, owners.of(locked)):
             store.record(locked, owners.of(locked))
-    store.problems.clear()  # of other stages
     git, pid = project.git(project.written()), start["pid"]
     run_id, resumed = store.begin(execution, experiment, pid, start["time"], git, live=True)
     curves = LiveCurves(store, run_id, execution, start["time"], resumed)

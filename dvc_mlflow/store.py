@@ -91,7 +91,7 @@ class Store:
         self.known: dict[str, list[Run]] | None = None  # all finished runs by execution, once `know_all` was called
         self._mistaken: set[str] = set()  # the tags of dvc.lock entries that never ran, once `know_all` was called
         self._contents: dict[str, Content] = {}  # of runs completed here
-        self.problems: list[str] = []  # what could not be shown of the executions that were recorded
+        self.problems: list[str] = []  # what could not be shown of the last execution that was recorded
         address, name = tracking_uri(project), os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment_name(project)
         embedded = not address
         uri = address or sqlite_address(root / "mlflow.db")
@@ -336,6 +336,7 @@ class Store:
         Raises MissingBytes if bytes are unavailable, and Conflict if the run has points that the files lack.
         """
         content = content or content_of(execution, self.project)
+        self.problems = [*content.problems]
         run = self.client.get_run(run_id)
         if logged is None:
             logged = self.points(run, content.curves)
@@ -361,7 +362,6 @@ class Store:
             | _absent_tags(content),
         )
         self._contents = {**dict(list(self._contents.items())[-20:]), run_id: content}
-        self.problems += content.problems
 
     def points(self, run: Run, columns: Iterable[str]) -> dict[str, dict[int, float]]:
         """The run's points of these curves, the last one of each step."""
@@ -609,6 +609,7 @@ class Store:
 
         Raises MissingBytes or Unprovable if it cannot be created.
         """
+        self.problems = []
         if found := self.find(execution, experiment):
             self.show_on_parent(found, execution)
             self._add_absent(found, execution)

@@ -11,9 +11,12 @@ from dvc_mlflow.store import Store, describe
 from dvc_mlflow.text import UserError, one_line
 
 
-def sync(store: Store) -> Iterator[tuple[str, bool]]:
-    """Record the workspace and the experiments of this commit; yield lines, and whether each is a failure."""
-    yield from record_all(store, store.project, None, "")
+def sync(store: Store, brief: bool = False) -> Iterator[tuple[str, bool]]:
+    """Record the workspace and the experiments of this commit; yield lines, and whether each is a failure.
+
+    If `brief`, executions that were recorded before have no lines.
+    """
+    yield from record_all(store, store.project, None, "", brief)
     found = list(experiments(store.project))
     head = store.project.repo.scm.get_rev() if found else ""
     own = [(name, rev) for name, rev, baseline in found if baseline == head]
@@ -26,7 +29,7 @@ def sync(store: Store) -> Iterator[tuple[str, bool]]:
             with store.project.repo.switch(rev):
                 there = store.project.at_this_revision()
                 with store.looking_at(there):
-                    yield from record_all(store, there, owners, f"{name}: ")
+                    yield from record_all(store, there, owners, f"{name}: ", brief)
         except UserError as error:
             yield f"{name}: not recorded: {error}", True
 
@@ -41,7 +44,9 @@ def close_left(store: Store, close_stale: float | None) -> Iterator[tuple[str, b
         yield f"closed run {run.info.run_id} of {run.data.tags['process.host']}", False
 
 
-def record_all(store: Store, project: Project, owners: Owners | None, label: str) -> Iterator[tuple[str, bool]]:
+def record_all(
+    store: Store, project: Project, owners: Owners | None, label: str, brief: bool
+) -> Iterator[tuple[str, bool]]:
     """Record the executions in a project's lock files, in order."""
     for address, found, experiment in own_executions(project, owners):
         if found is None:
@@ -52,17 +57,16 @@ def record_all(store: Store, project: Project, owners: Owners | None, label: str
                 raise found
             run, made = store.record(found, experiment)
         except (Unprovable, MissingBytes) as error:
-            store.problems.clear()
             alone = project.locked_alone(address)
             if alone and store.find_alone(alone):
-                yield f"{label}{address}: recorded before", False
+                if not brief:
+                    yield f"{label}{address}: recorded before", False
             else:
                 yield f"{label}{address}: not recorded: {describe(error)}", True
             continue
         for problem in store.problems:
             yield f"{label}{address}: {problem}", False
-        store.problems.clear()
-        if made or owners is None:
+        if made or (owners is None and not brief):
             yield f"{label}{address}: recorded {f'as run {run.info.run_id}' if made else 'before'}", False
 
 

@@ -107,7 +107,7 @@ def columns(store: Store, runs: Sequence[Run]) -> tuple[list[str], tuple[str, bo
         names |= dict.fromkeys(found, 0 if child else 1)
         meta = stage.meta if isinstance(stage.meta, Mapping) else {}
         for key, ascending in (("maximize", False), ("minimize", True)):
-            for name in (name for name, one in found.items() if one == meta.get(key)):
+            for name in (name for name, one in found.items() if one == str(meta.get(key))):
                 said = name, ascending
     if not names:
         names = dict.fromkeys(sorted({key for run in runs for key in run.data.metrics if "." not in key}), 0)
