@@ -150,10 +150,10 @@ def test_a_stage_that_is_ended_by_a_signal_has_a_killed_run(number: signal.Signa
     command = load_yaml(project.folder / "dvc.yaml")["stages"]["train"]["cmd"].split()
     process = start(project, *command)
     assert process.stdout
-    first = process.stdout.readline()
-    if first.startswith("waiting for 1 CPU core"):  # which a training outside the tests uses
-        first = process.stdout.readline()
-    assert first.startswith("epoch 1/")
+    line = process.stdout.readline()
+    if line.startswith("waiting for 1 CPU core"):  # which a training outside the tests uses
+        line = process.stdout.readline()
+    assert line.startswith("epoch 1/")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
