@@ -136,6 +136,9 @@ def record(events: Events) -> None:
     try:
         execution = project.ended(execution)
     except UserError as error:
+        if events.next(0) is None:  # the launcher was killed, and DVC may have removed the outs to run it again
+            end(store, run_id, "KILLED", pid)
+            return
         warn(str(error))
         say("complete")
         end(store, run_id, "FAILED", pid)

@@ -399,6 +399,32 @@ def test_a_killed_run_is_not_continued_on_other_data(live: Pipeline) -> None:
     assert sorted((point.step, point.value) for point in points) == [(1, 7.1), (2, 7.2), (3, 7.3)]
 
 
+def test_a_run_whose_launcher_is_killed_after_the_command_has_ended_is_killed(live: Pipeline) -> None:
+    """DVC has not seen the command succeed: it removes the outs and runs it again while the recorder still reads."""
+    command = ["dvc-mlflow", "run", "sh", "-c", "until [ -e go ]; do sleep 0.1; done; sh fit.sh"]
+    process = subprocess.Popen(
+        command, cwd=live.folder, env=live.env(DVC_STAGE="fit"), stderr=subprocess.PIPE, text=True
+    )
+    launcher, deadline = psutil.Process(process.pid), time.monotonic() + 60
+    while not live.runs():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (recorder,) = [one for one in launcher.children() if "dvc_mlflow.recorder" in words(one)]
+    recorder.suspend()
+    live.write("go", "")
+    while launcher.children() != [recorder]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)  # the launcher tells the recorder that the command has ended
+    process.kill()
+    process.wait()
+    (live.folder / "model.txt").unlink()
+    recorder.resume()
+    assert process.stderr
+    assert process.stderr.read() == ""  # until the recorder has ended
+    assert [run.info.status for run in live.runs()] == ["KILLED"]
+
+
 def test_params_that_change_while_a_stage_runs_are_not_recorded_as_its_own(live: Pipeline) -> None:
     """DVC reads them when the stage ends, and takes these for the ones that it started with."""
     process = subprocess.Popen(

@@ -50,17 +50,21 @@ Whom = Callable[[psutil.Process, list[psutil.Process], signal.Signals], None]
 
 
 def kill(project: Project, stage: str, number: signal.Signals, whom: Whom, when: Callable[[Path], bool]) -> int:
-    """Run `dvc repro`, and kill the stage once `when` accepts the output; return its process, 0 if it ended before."""
+    """Run `dvc repro`, and kill the stage once `when` accepts the output; return its process, 0 if it ended before.
+
+    SIGINT waits for the stage's first lines: before them, it ends in a traceback of Python's own start.
+    """
     output = project.folder / ".dvc" / "tmp" / "output.txt"
     output.parent.mkdir(exist_ok=True)
     with output.open("w") as file:
         process = subprocess.Popen(
             ["dvc", "repro"], cwd=project.folder, env=environment(), stdout=file, stderr=file, start_new_session=True
         )
-        dvc, killed = psutil.Process(process.pid), 0
+        dvc, killed, begun = psutil.Process(process.pid), 0, number != signal.SIGINT
         while process.poll() is None and not killed:
             found = [child for child in descendants(dvc) if f"stages.{stage}" in cmdline(child)]
-            if found and when(output):
+            begun = begun or (bool(found) and holds_back(found[-1], number))
+            if found and when(output) and begun:
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                     whom(dvc, found, number)
                     killed = found[0].pid  # the launcher's process, which owns the run
@@ -82,6 +86,19 @@ def cmdline(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return process.cmdline()
     return []
+
+
+def holds_back(stage: psutil.Process, number: signal.Signals) -> bool:
+    """Whether the stage blocks the signal, as `stage.prepare` does (Linux shows it; elsewhere, it is taken to)."""
+    if sys.platform != "linux":
+        return True
+    if any(word.endswith("dvc-mlflow") for word in cmdline(stage)):  # the launcher, which blocks it, too
+        return False
+    with contextlib.suppress(OSError):  # it has ended
+        for line in Path(f"/proc/{stage.pid}/status").read_text().splitlines():
+            if line.startswith("SigBlk:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
 
 
 def after(seconds: float) -> Callable[[Path], bool]:
