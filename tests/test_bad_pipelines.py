@@ -399,6 +399,13 @@ def test_a_killed_run_is_not_continued_on_other_data(live: Pipeline) -> None:
     assert sorted((point.step, point.value) for point in points) == [(1, 7.1), (2, 7.2), (3, 7.3)]
 
 
+def test_a_command_that_ends_without_its_out_has_a_failed_run(live: Pipeline) -> None:
+    live.write("fit.sh", "true")
+    output = live.run("dvc", "repro", code=None)
+    assert "warning: expected model.txt, found nothing: the command ended without it" in output
+    assert [run.info.status for run in live.runs()] == ["FAILED"]
+
+
 def test_a_run_whose_launcher_is_killed_after_the_command_has_ended_is_killed(live: Pipeline) -> None:
     """DVC has not seen the command succeed: it removes the outs and runs it again while the recorder still reads."""
     command = ["dvc-mlflow", "run", "sh", "-c", "until [ -e go ]; do sleep 0.1; done; sh fit.sh"]
