@@ -45,7 +45,7 @@ def run(command: Sequence[str]) -> NoReturn:
     code = os.waitstatus_to_exitcode(status)
     deadline = time.monotonic() + END_SECONDS
     killed = code < 0 or (stopped_by and code == 128 + stopped_by) or code in (130, 143)
-    _tell(recorder, status="FINISHED" if code == 0 else "KILLED" if killed else "FAILED")
+    _tell(recorder, status="FINISHED" if code == 0 else "KILLED" if killed else "FAILED", stopped=bool(stopped_by))
     recorded = _hears(recorder, "complete", deadline) if code == 0 else True
     if code == 0 and recorded:
         _tell(recorder, succeeded=True)

@@ -120,28 +120,20 @@ def record(events: Events) -> None:
     run_id, resumed = store.begin(execution, experiment, pid, start["time"], git, live=True)
     curves = LiveCurves(store, run_id, execution, start["time"], resumed)
     say("ready")
-    status: str | None = None
-    while status is None:
-        event = events.next(POLL_SECONDS)
-        if event is None:
-            status = "KILLED"
-        elif event:
-            status = event["status"]
-        else:
-            curves.look()
-    if status != "FINISHED":
+    while (ended := events.next(POLL_SECONDS)) == {}:
         curves.look()
-        end(store, run_id, status, pid)
+    if ended is None or ended["status"] != "FINISHED":
+        curves.look()
+        end(store, run_id, ended["status"] if ended else "KILLED", pid)
         return
     try:
         execution = project.ended(execution)
     except UserError as error:
-        if events.next(0) is None:  # the launcher was killed, and DVC may have removed the outs to run it again
-            end(store, run_id, "KILLED", pid)
-            return
-        warn(str(error))
+        stopped = ended["stopped"] or events.next(0) is None  # DVC may have removed the outs to run it again
+        if not stopped:
+            warn(str(error))
         say("complete")
-        end(store, run_id, "FAILED", pid)
+        end(store, run_id, "KILLED" if stopped else "FAILED", pid)
         return
     try:
         store.complete(run_id, execution, curves.logged)
