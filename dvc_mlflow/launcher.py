@@ -37,7 +37,7 @@ def run(command: Sequence[str]) -> NoReturn:
     )
     signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGCHLD))
     start = {"stage": os.environ["DVC_STAGE"], "command": list(command), "time": int(time.time() * 1000)}
-    told = _tell(recorder, **start, pid=os.getpid())
+    told = _tell(recorder, **start, pid=os.getpid(), parent=os.getppid())
     if strict and not (told and _hears(recorder, "ready", time.monotonic() + END_SECONDS)):
         sys.exit("error: MLflow cannot record this run, and TRACKING_STRICT is set; `dvc checkout` restores the outs")
     pid = _start(command)
@@ -45,7 +45,7 @@ def run(command: Sequence[str]) -> NoReturn:
     code = os.waitstatus_to_exitcode(status)
     deadline = time.monotonic() + END_SECONDS
     killed = code < 0 or (stopped_by and code == 128 + stopped_by) or code in (130, 143)
-    _tell(recorder, status="FINISHED" if code == 0 else "KILLED" if killed else "FAILED", stopped=bool(stopped_by))
+    _tell(recorder, status="FINISHED" if code == 0 else "KILLED" if killed else "FAILED")
     recorded = _hears(recorder, "complete", deadline) if code == 0 else True
     if code == 0 and recorded:
         _tell(recorder, succeeded=True)

@@ -21,6 +21,7 @@ from dvc_mlflow.command import configure
 
 configure()
 
+import psutil
 from dvc.exceptions import DvcException
 
 from dvc_mlflow.execution import Curves, Execution, MissingBytes, curve_name, read_curves, tables
@@ -129,11 +130,11 @@ def record(events: Events) -> None:
     try:
         execution = project.ended(execution)
     except UserError as error:
-        stopped = ended["stopped"] or events.next(0) is None  # DVC may have removed the outs to run it again
-        if not stopped:
+        killed = events.next(0) is None or is_orphan(pid, start["parent"])  # the next `dvc repro` removed the outs
+        if not killed:
             warn(str(error))
         say("complete")
-        end(store, run_id, "KILLED" if stopped else "FAILED", pid)
+        end(store, run_id, "KILLED" if killed else "FAILED", pid)
         return
     try:
         store.complete(run_id, execution, curves.logged)
@@ -181,6 +182,14 @@ def find(name: str) -> tuple[Project, str]:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.05)
+
+
+def is_orphan(pid: int, parent: int) -> bool:
+    """Whether the process, or its parent, which is DVC or its shell, is gone."""
+    try:
+        return psutil.Process(pid).ppid() != parent
+    except psutil.NoSuchProcess:
+        return True
 
 
 def begin_again(store: Store, execution: Execution, experiment: str | None, pid: int, start_time: int, git: Git) -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -406,31 +407,29 @@ def test_a_command_that_ends_without_its_out_has_a_failed_run(live: Pipeline) ->
     assert [run.info.status for run in live.runs()] == ["FAILED"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_of_a_command_that_succeeded_is_killed_if_its_outs_are_gone(
-    live: Pipeline, number: signal.Signals
-) -> None:
-    """DVC has not seen the command succeed: it removes the outs and runs it again while the recorder still reads."""
-    command = ["dvc-mlflow", "run", "sh", "-c", "trap '' TERM; until [ -e go ]; do sleep 0.1; done; sh fit.sh"]
-    process = subprocess.Popen(
-        command, cwd=live.folder, env=live.env(DVC_STAGE="fit"), stderr=subprocess.PIPE, text=True
-    )
-    launcher, deadline = psutil.Process(process.pid), time.monotonic() + 60
+@pytest.mark.parametrize("killed", ["the launcher", "DVC"])
+def test_a_run_is_killed_if_its_outs_are_gone_since_dvc_runs_it_again(live: Pipeline, killed: str) -> None:
+    """DVC has not seen the command succeed: its next process removes the outs, which the recorder has not read yet."""
+    command = ["dvc-mlflow", "run", "sh", "-c", "until [ -e go ]; do sleep 0.1; done; sh fit.sh"]
+    dvc = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *command]
+    process = subprocess.Popen(dvc, cwd=live.folder, env=live.env(DVC_STAGE="fit"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
     while not live.runs():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    (launcher,) = psutil.Process(process.pid).children()
     (recorder,) = [one for one in launcher.children() if "dvc_mlflow.recorder" in words(one)]
     recorder.suspend()
-    if number == signal.SIGTERM:  # the launcher forwards it
-        process.send_signal(number)
     live.write("go", "")
     while launcher.children() != [recorder]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(0.5)  # the launcher tells the recorder that the command has ended
-    if number == signal.SIGKILL:
-        process.send_signal(number)
-        process.wait()
+    if killed == "DVC":
+        process.kill()
+    else:
+        launcher.kill()
+    process.wait()
     (live.folder / "model.txt").unlink()
     recorder.resume()
     assert process.communicate() == (None, "")  # of the recorder, too
